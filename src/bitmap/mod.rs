@@ -1,0 +1,15 @@
+//! Dirty bitmaps: which parts of a disk changed, and the file that remembers it.
+//!
+//! [`bits`] are plain bits that many threads set without a lock; [`dirty`] puts bytes of a disk to them; [`sidecar`]
+//! is the crash-safe file in which they, and everything known about checkpoints, consumers and layers, survive.
+
+pub mod bits;
+pub mod dirty;
+pub mod sidecar;
+
+pub use bits::Bits;
+pub use dirty::DirtyBitmap;
+pub use sidecar::{
+    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, Prepared,
+    PreparedAction, Sidecar, SnapshotEntry, State, Superblock, region_size_for,
+};

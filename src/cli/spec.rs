@@ -1,0 +1,177 @@
+//! How images are named on the command line: `[NAME=]IMAGE` and `--disk name=N,file=F,...`.
+
+use crate::daemon::absolute;
+use crate::error::{Error, Result, errno};
+use crate::fleece::DiskSpec;
+use crate::image::Format;
+use crate::units::check_disk_name;
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as TextError;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+/// `[NAME=]IMAGE`. Where a file exists under the whole text, that is the image, so that paths with '=' work; else what
+/// stands before the first '=' is the name, if it can be one.
+pub fn parse_image(text: &OsStr) -> Result<DiskSpec> {
+    let bytes = text.as_bytes();
+    let whole = || disk(None, Path::new(text));
+    if Path::new(text).exists() {
+        return whole();
+    }
+    let Some(at) = bytes.iter().position(|&b| b == b'=') else { return whole() };
+    let (name, file) = (bytes.get(..at).unwrap_or_default(), bytes.get(at + 1..).unwrap_or_default());
+    match std::str::from_utf8(name) {
+        Ok(name) if check_disk_name(name).is_ok() => disk(Some(name.to_owned()), Path::new(OsStr::from_bytes(file))),
+        _ => whole(),
+    }
+}
+
+/// `name=N,file=F[,format=FMT][,read-only]` as QEMU writes options: a comma inside a value is doubled.
+pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
+    let bad = |why: String| {
+        Error::new(errno::EINVAL, format!("--disk {}", text.to_string_lossy()), why)
+            .hint("write name=N,file=F[,format=raw][,read-only]; double commas inside values")
+    };
+    let mut name = None;
+    let mut file = None;
+    let mut format = None;
+    let mut read_only = None;
+    for (key, value) in options(text.as_bytes()) {
+        let key = String::from_utf8_lossy(&key).into_owned();
+        let twice = match (key.as_str(), value) {
+            ("name", Some(value)) => name.replace(plain(value).map_err(bad)?).is_some(),
+            ("file", Some(value)) => file.replace(PathBuf::from(OsString::from_vec(value))).is_some(),
+            ("format", Some(value)) => format.replace(parse_format(&plain(value).map_err(bad)?)?).is_some(),
+            ("read-only", value) => read_only.replace(switch(value.as_deref()).map_err(bad)?).is_some(),
+            ("name" | "file" | "format", None) => return Err(bad(format!("parameter '{key}' needs a value"))),
+            _ => return Err(bad(format!("invalid parameter '{key}'"))),
+        };
+        if twice {
+            return Err(bad(format!("parameter '{key}' is given twice")));
+        }
+    }
+    let file = file.ok_or_else(|| bad("parameter 'file' is missing".into()))?;
+    Ok(DiskSpec { format, read_only: read_only.unwrap_or(false), ..disk(name, &file)? })
+}
+
+/// A format by its name.
+pub fn parse_format(name: &str) -> Result<Format> {
+    let named: std::result::Result<Format, TextError> = Format::deserialize(name.into_deserializer());
+    named.map_err(|e| Error::new(errno::EINVAL, format!("format '{name}'"), e.to_string()))
+}
+
+fn plain(value: Vec<u8>) -> std::result::Result<String, String> {
+    String::from_utf8(value).map_err(|_| "a value is not UTF-8".into())
+}
+
+/// QEMU's booleans: alone it means on.
+fn switch(value: Option<&[u8]>) -> std::result::Result<bool, String> {
+    match value {
+        None | Some(b"on" | b"yes" | b"true") => Ok(true),
+        Some(b"off" | b"no" | b"false") => Ok(false),
+        Some(_) => Err("parameter 'read-only' expects 'on' or 'off'".into()),
+    }
+}
+
+/// Splits at single commas; two in a row are one comma of the value. Then splits each at its first '='.
+fn options(text: &[u8]) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+    let mut parts = vec![Vec::new()];
+    let mut bytes = text.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
+            parts.push(Vec::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(byte);
+        }
+    }
+    let pair = |part: Vec<u8>| match part.iter().position(|&b| b == b'=') {
+        Some(at) => {
+            let (key, value) = part.split_at(at);
+            (key.to_vec(), Some(value.get(1..).unwrap_or_default().to_vec()))
+        }
+        None => (part, None),
+    };
+    parts.into_iter().map(pair).collect()
+}
+
+/// The daemon's working directory is another one, so paths become absolute. Symbolic links to files are resolved, so
+/// that an image has one state directory whatever it is called; a block device keeps the name that the user gave.
+fn disk(name: Option<String>, file: &Path) -> Result<DiskSpec> {
+    let name = name.unwrap_or_else(|| file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+    let is_device = std::fs::metadata(file).is_ok_and(|m| m.file_type().is_block_device());
+    let file = if is_device {
+        std::path::absolute(file).map_err(|e| Error::io("path", e).at_path(file))?
+    } else {
+        absolute(file)?
+    };
+    Ok(DiskSpec { name: Some(name), file, format: None, read_only: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn option(text: &str) -> Result<(String, PathBuf, Option<Format>, bool)> {
+        parse_disk_option(OsStr::new(text)).map(|d| (d.name.unwrap(), d.file, d.format, d.read_only))
+    }
+
+    #[test]
+    fn disk_options_are_qemus() {
+        assert_eq!(option("name=a,file=/x").unwrap(), ("a".into(), "/x".into(), None, false));
+        assert_eq!(
+            option("file=/no/such/a,,b=c,format=raw,read-only,name=d").unwrap(),
+            ("d".into(), "/no/such/a,b=c".into(), Some(Format::Raw), true)
+        );
+        assert_eq!(option("file=/no/such/vda.raw,read-only=off").unwrap().0, "vda");
+        for (text, why) in [
+            ("name=a", "'file' is missing"),
+            ("file=/x,snapshot=s", "invalid parameter 'snapshot'"),
+            ("file=/x,", "invalid parameter ''"),
+            ("file=/x,file=/y", "'file' is given twice"),
+            ("file=/x,read-only=maybe", "'on' or 'off'"),
+            ("file=/x,format=vhd", "format 'vhd'"),
+            ("file", "'file' needs a value"),
+            ("", "invalid parameter ''"),
+        ] {
+            let e = option(text).unwrap_err().to_string();
+            assert!(e.contains(why), "{text}: {e}");
+        }
+    }
+
+    #[test]
+    fn a_file_under_the_whole_text_wins_over_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = absolute(dir.path()).unwrap();
+        std::fs::write(dir.join("vda=x.raw"), "").unwrap();
+        std::fs::write(dir.join("x.raw"), "").unwrap();
+        let parse = |text: String| {
+            let spec = parse_image(OsStr::new(&text)).unwrap();
+            (spec.name.unwrap(), spec.file)
+        };
+        let d = dir.display();
+        assert_eq!(parse(format!("{d}/vda=x.raw")), ("vda=x".into(), dir.join("vda=x.raw")));
+        assert_eq!(parse(format!("vda={d}/x.raw")), ("vda".into(), dir.join("x.raw")));
+        assert_eq!(parse(format!("{d}/x.raw")), ("x".into(), dir.join("x.raw")));
+        // No name can hold a slash: the whole text is a path, though there is no such file.
+        assert_eq!(parse(format!("{d}/none=x")), ("none=x".into(), dir.join("none=x")));
+    }
+
+    proptest! {
+        #[test]
+        fn any_path_survives_doubled_commas(file in "/no/[a-z,=]{0,20}") {
+            let text = format!("read-only,file={},name=n", file.replace(',', ",,"));
+            let (name, parsed, _, read_only) = option(&text).unwrap();
+            prop_assert_eq!(parsed, absolute(Path::new(&file)).unwrap());
+            prop_assert!(name == "n" && read_only);
+        }
+
+        #[test]
+        fn no_option_text_panics(text in ".*") {
+            let _ = option(&text);
+        }
+    }
+}

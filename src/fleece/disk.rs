@@ -1,0 +1,487 @@
+//! A disk being served: the one way in for guest mutations (I1).
+//!
+//! Every change of the image (write, write-zeroes, discard, resize, restore) comes through here, in this order:
+//!
+//! 1. the gate, shared; one hold covers at most 1 MiB, so that a snapshot never waits for a long discard;
+//! 2. preserve: what the range held goes to the newest layer's store, chunk by chunk, then the chunks' states, then a
+//!    full fence (I2, I4);
+//! 3. the dirty bits (I6);
+//! 4. the image.
+//!
+//! A durable intent (see `doc/design.md`, tracking) is to be armed before step 1: nobody waits for it in a gate.
+//!
+//! Errors (I7): a failed image write is the guest's error and latches nothing; a failed flush latches until the disk
+//! is opened again, as the kernel may have dropped the pages that could not be written. A store that fails breaks the
+//! views before the guest's write is issued, or fails the write, by policy; it never hangs the guest.
+
+use super::chain::Chain;
+use super::counters::Counters;
+use super::events::{Event, Events};
+use super::layer::Layer;
+use super::store::StoreIo;
+use super::stripes::Stripes;
+use super::tracking::Tracking;
+use super::{Options, StoreErrorPolicy};
+use crate::bitmap::CheckpointState;
+use crate::error::{Error, Result, errno};
+use crate::image::{Format, Image};
+use crate::storage::buffer::AlignedBuf;
+use crate::storage::{BlockStatus, Dir};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Mutex, Published, RwLock, RwLockWriteGuard, full_fence};
+use crate::units::MAX_GATE_BYTES;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// A run of holes that one gate hold may skip in a discard: marking it dirty is the whole work.
+const MAX_HOLE_BYTES: u64 = 64 << 30;
+
+/// A disk being served. See the module.
+#[derive(Debug)]
+pub struct Disk {
+    name: String,
+    uuid: Uuid,
+    image: Arc<dyn Image>,
+    size: AtomicU64,
+    /// Shared by guest mutations, exclusive for freeze and resize (lock rank 3).
+    pub(super) gate: RwLock<()>,
+    pub(super) chain: Published<Chain>,
+    /// Held while a new chain is made from the old one and published (lock rank 5).
+    pub(super) chain_edit: Mutex<()>,
+    pub(super) stripes: Stripes,
+    /// Held while layers are folded and removed, and while the disk is closed; true once it is (lock rank 2).
+    pub(super) closed: Mutex<bool>,
+    pub(super) tracking: Tracking,
+    pub(super) state: Arc<dyn Dir>,
+    pub(super) store_io: Arc<StoreIo>,
+    pub(super) policy: StoreErrorPolicy,
+    pub(super) chunk: u64,
+    pub(super) counters: Arc<Counters>,
+    pub(super) events: Arc<Events>,
+    flush_failed: AtomicBool,
+    opens: AtomicU64,
+    /// How the tracking state was found at open, for status.
+    pub(super) origin: String,
+    /// The state directory's lock; None in tests.
+    _lock: Option<crate::storage::lock::FileLock>,
+}
+
+/// What a disk is made of.
+pub(super) struct DiskParts {
+    pub name: String,
+    pub image: Arc<dyn Image>,
+    pub chain: Chain,
+    pub tracking: Tracking,
+    pub state: Arc<dyn Dir>,
+    pub store_io: Arc<StoreIo>,
+    pub counters: Arc<Counters>,
+    pub events: Arc<Events>,
+    pub origin: String,
+    pub lock: Option<crate::storage::lock::FileLock>,
+}
+
+impl Disk {
+    pub(super) fn new(parts: DiskParts, options: &Options) -> Self {
+        Disk {
+            uuid: parts.tracking.directory().disk,
+            size: AtomicU64::new(parts.image.size()),
+            name: parts.name,
+            image: parts.image,
+            gate: RwLock::new(()),
+            chain: Published::new(parts.chain),
+            chain_edit: Mutex::new(()),
+            stripes: Stripes::new(),
+            closed: Mutex::new(false),
+            tracking: parts.tracking,
+            state: parts.state,
+            store_io: parts.store_io,
+            policy: options.on_store_error,
+            chunk: options.chunk,
+            counters: parts.counters,
+            events: parts.events,
+            flush_failed: AtomicBool::new(false),
+            opens: AtomicU64::new(0),
+            origin: parts.origin,
+            _lock: parts.lock,
+        }
+    }
+
+    /// The disk's name, unique in its mount.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The disk's identity, kept in its sidecar.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+
+    /// Whether guest writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.image.read_only()
+    }
+
+    /// The image's file.
+    pub fn image_path(&self) -> &Path {
+        self.image.path()
+    }
+
+    /// The image's format.
+    pub fn format(&self) -> Format {
+        self.image.format()
+    }
+
+    pub(super) fn image(&self) -> &Arc<dyn Image> {
+        &self.image
+    }
+
+    /// Last change of the disk by the guest, in nanoseconds since the epoch.
+    pub fn mtime_ns(&self) -> i64 {
+        self.tracking.last_write_ns()
+    }
+
+    /// Counts an open of the live file, which keeps the disk from being removed.
+    pub fn opened(&self) {
+        self.opens.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The counterpart of [`Disk::opened`].
+    pub fn closed(&self) {
+        let _ = self.opens.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |opens| opens.checked_sub(1));
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.opens.load(Ordering::SeqCst) > 0
+    }
+
+    /// Reads what the guest sees, at most up to the end of the disk; returns the count.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let len = (self.size().saturating_sub(offset)).min(buf.len() as u64) as usize;
+        let Some(buf) = buf.get_mut(..len) else { return Ok(0) };
+        self.counters.guest_read(len);
+        if len > 0 {
+            self.image.read_at(buf, offset)?;
+        }
+        Ok(len)
+    }
+
+    /// Writes up to the end of the disk and returns the count; ENOSPC where `offset` is at or past the end.
+    pub fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        self.check_writable()?;
+        let len = (self.size().saturating_sub(offset)).min(data.len() as u64) as usize;
+        if len == 0 && !data.is_empty() {
+            return Err(self.past_the_end(offset));
+        }
+        self.counters.guest_write(len);
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(MAX_GATE_BYTES as usize);
+            let at = offset + done as u64;
+            let written = self.mutate(at, piece as u64, false, || self.image.write_at(&data[done..done + piece], at));
+            match written {
+                Ok(()) => done += piece,
+                Err(_) if done > 0 => return Ok(done),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(len)
+    }
+
+    /// Makes a range read as zeros and keeps it allocated. ENOSPC where it passes the end.
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_range(offset, len)?;
+        self.counters.guest_zero(len);
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let piece = gate_piece(at, end);
+            self.mutate(at, piece, true, || self.image.write_zeroes(at, piece, false))?;
+            at += piece;
+        }
+        Ok(())
+    }
+
+    /// Gives a range back to the host; it reads as zeros. ENOSPC where it passes the end.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_range(offset, len)?;
+        self.counters.guest_zero(len);
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            // A hole stays as it is: nothing to preserve, nothing to free. It need not be asked under the gate, since a
+            // write that fills it meanwhile is as good as one after the discard.
+            let status = self.image.block_status(at, (end - at).min(MAX_HOLE_BYTES))?;
+            let piece = if status.zero { status.len.max(1) } else { gate_piece(at, end).min(status.len.max(1)) };
+            if status.zero {
+                let _gate = self.gate.read();
+                self.tracking.mark(at, piece);
+            } else {
+                self.mutate(at, piece, true, || self.image.write_zeroes(at, piece, true))?;
+            }
+            at += piece;
+        }
+        Ok(())
+    }
+
+    /// Makes all completed changes durable. After a failure every later flush fails too: what was lost is not known.
+    pub fn flush(&self) -> Result<()> {
+        self.counters.guest_flushes.add(1);
+        if self.flush_failed.load(Ordering::SeqCst) {
+            return Err(Error::new(errno::EIO, format!("flush of disk '{}'", self.name), "an earlier flush failed")
+                .at_path(self.image.path())
+                .hint("check the host's storage, then unmount and mount again"));
+        }
+        if self.image.read_only() {
+            return Ok(());
+        }
+        self.image.flush().inspect_err(|e| {
+            if !self.flush_failed.swap(true, Ordering::SeqCst) {
+                log::error!("disk '{}': {e}; every flush fails until it is mounted again", self.name);
+                self.lose_tracking(&format!("a flush of the image failed: {e}"));
+            }
+        })
+    }
+
+    /// The kernel may have dropped pages that a view or a backup has read: the image may fall back behind a checkpoint.
+    fn lose_tracking(&self, reason: &str) {
+        for recording in self.tracking.recording().iter() {
+            recording.bitmap.mark_all();
+        }
+        let noted = self.tracking.sidecar.commit(|directory| {
+            for entry in directory.checkpoints.iter_mut().filter(|entry| entry.state == CheckpointState::Recording) {
+                entry.bitmap.everything.get_or_insert_with(|| reason.to_owned());
+            }
+            Ok(())
+        });
+        if let Err(e) = noted {
+            log::warn!("disk '{}': {e}", self.name);
+        }
+        self.events.emit(&Event::TrackingLost { disk: self.name.clone(), reason: reason.to_owned() });
+    }
+
+    /// Whether a run of the live disk is known to read as zeros.
+    pub fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.image.block_status(offset, len)
+    }
+
+    /// Steps 1 to 4 of the module for at most 1 MiB. `zeroes`: the range will read as zeros, so that what reads as
+    /// zeros already needs no copy.
+    fn mutate(&self, offset: u64, len: u64, zeroes: bool, change: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _gate = self.gate.read();
+        if offset + len > self.size() {
+            return Err(self.past_the_end(offset));
+        }
+        self.preserve(offset, len, zeroes)?;
+        self.tracking.mark(offset, len);
+        change()
+    }
+
+    /// I2: when this returns `Ok`, every chunk of the range that a view still needs has its old content in a store, or
+    /// is lost, or the views that need it are broken. The caller holds the gate.
+    fn preserve(&self, offset: u64, len: u64, zeroes: bool) -> Result<()> {
+        let chain = self.chain.load();
+        let Some(layer) = chain.newest() else { return Ok(()) };
+        let chunks = layer.chunks_of(offset, len);
+        if !(chunks.is_empty() || layer.all_set(chunks.clone()) || layer.is_broken()) {
+            self.preserve_chunks(&chain, layer, chunks, zeroes)?;
+        }
+        // Also for states, `broken` and `released` that others set: the guest's write stays behind them.
+        full_fence();
+        Ok(())
+    }
+
+    fn preserve_chunks(&self, chain: &Chain, layer: &Arc<Layer>, chunks: Range<u64>, zeroes: bool) -> Result<()> {
+        let bytes = layer.bytes_of(&chunks);
+        let _claim = self.stripes.claim(bytes.start, bytes.end - bytes.start);
+        let mut at = chunks.start;
+        while let Some(first) = layer.next_clear(at, chunks.end) {
+            let clear_end = layer.next_set(first, chunks.end).unwrap_or(chunks.end);
+            let (needed, end) = chain.needed_run(first..clear_end);
+            if needed && !self.preserve_run(layer, first..end, zeroes)? {
+                return Ok(());
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Copies clear chunks that are claimed. False: the views broke, there is nothing left to preserve for.
+    fn preserve_run(&self, layer: &Arc<Layer>, chunks: Range<u64>, zeroes: bool) -> Result<bool> {
+        let mut at = chunks.start;
+        while at < chunks.end {
+            let bytes = layer.bytes_of(&(at..chunks.end));
+            let end = if zeroes {
+                let status = self.image.block_status(bytes.start, bytes.end - bytes.start);
+                match status {
+                    Ok(status) if status.zero && status.len >= layer.chunk.min(bytes.end - bytes.start) => {
+                        // The old content is zeros and stays zeros: the view may go on reading the image.
+                        at = (layer.chunks_of(bytes.start, status.len).start + (status.len / layer.chunk).max(1))
+                            .min(chunks.end);
+                        continue;
+                    }
+                    Ok(status) if !status.zero => layer.chunks_of(bytes.start, status.len).end.min(chunks.end),
+                    _ => at + 1,
+                }
+            } else {
+                chunks.end
+            };
+            if !self.copy(layer, at..end)? {
+                return Ok(false);
+            }
+            at = end;
+        }
+        Ok(true)
+    }
+
+    /// One copy: image to store to states. False: the views broke.
+    fn copy(&self, layer: &Arc<Layer>, chunks: Range<u64>) -> Result<bool> {
+        let bytes = layer.bytes_of(&chunks);
+        let len = (bytes.end - bytes.start) as usize;
+        let mut old = AlignedBuf::new(len);
+        if let Err(e) = self.image.read_at(&mut old, bytes.start) {
+            if chunks.end - chunks.start == 1 {
+                log::warn!("disk '{}': {e}; the frozen views have an error there", self.name);
+                self.counters.chunks_lost.add(1);
+                if layer.set_lost(chunks.start) {
+                    return Ok(true);
+                }
+                self.break_views(layer, "too many chunks of the image could not be read");
+                return Ok(false);
+            }
+            for chunk in chunks {
+                if !self.copy(layer, chunk..chunk + 1)? {
+                    return Ok(false);
+                }
+            }
+            return Ok(true);
+        }
+        match layer.store.write(old, len, bytes.start, layer.chunk) {
+            Ok(()) => {
+                self.counters.copied(chunks.end - chunks.start, len as u64);
+                layer.set_copied(chunks);
+                Ok(true)
+            }
+            Err(e) if self.policy == StoreErrorPolicy::FailWrite => {
+                Err(e.context(format!("write to disk '{}' refused, its old content cannot be kept", self.name)))
+            }
+            Err(e) => {
+                self.break_views(layer, &e.to_string());
+                Ok(false)
+            }
+        }
+    }
+
+    /// Every view looks through the newest layer: breaking it breaks them all, before the guest's write is issued.
+    pub(super) fn break_views(&self, layer: &Layer, reason: &str) {
+        if layer.break_with(reason) {
+            self.counters.views_broken.add(1);
+            self.events.emit(&Event::ViewBroken { disk: self.name.clone(), reason: reason.to_owned() });
+        }
+    }
+
+    /// Grows or shrinks the disk. The new area counts as changed. EBUSY for shrinking while a view exists.
+    pub(super) fn resize(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        if size == 0 || size > crate::units::MAX_DISK_BYTES {
+            return Err(Error::new(
+                errno::EINVAL,
+                format!("size {size} of disk '{}'", self.name),
+                "not from 1 byte to 1 EiB",
+            ));
+        }
+        self.reap();
+        let gate = self.gate.write();
+        self.tracking.note_write();
+        let old = self.size();
+        if size < old && !self.chain.load().layers.is_empty() {
+            return Err(Error::new(
+                errno::EBUSY,
+                format!("disk '{}'", self.name),
+                "it cannot shrink while snapshots of it exist",
+            )
+            .hint("drop the snapshots first"));
+        }
+        if size > old {
+            self.resize_bitmaps(size, &gate)?;
+            if let Err(e) = self.image.resize(size) {
+                self.resize_bitmaps(old, &gate)?;
+                return Err(e);
+            }
+        } else if size < old {
+            self.image.resize(size)?;
+            if let Err(e) = self.resize_bitmaps(size, &gate) {
+                // Longer bitmaps than the disk are harmless, and the next open cuts them.
+                log::warn!("disk '{}': {e}", self.name);
+            }
+        }
+        self.size.store(size, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// New recording bitmaps of the new size, then the directory. The gate proves that nobody marks meanwhile.
+    fn resize_bitmaps(&self, size: u64, _gate: &RwLockWriteGuard<'_, ()>) -> Result<()> {
+        use super::tracking::{Recording, fine_name, recording_entry};
+        use crate::bitmap::Bits;
+        let old = self.tracking.recording();
+        let mut new = Vec::new();
+        for recording in old.iter() {
+            let uuid = Uuid::new_v4();
+            let bits = size.div_ceil(recording.bitmap.granularity());
+            let words = self.tracking.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
+            let bitmap = Arc::new(recording.bitmap.resized(size, Bits::new(words, bits), true)?);
+            new.push(Recording { uuid, bitmap });
+        }
+        let mut superblock = self.tracking.sidecar.superblock();
+        superblock.region_size = superblock.region_size.max(crate::bitmap::region_size_for(size));
+        self.tracking.sidecar.set_superblock(superblock)?;
+        self.tracking.sidecar.commit(|directory| {
+            directory.size = size;
+            for (old, new) in old.iter().zip(&new) {
+                for entry in directory.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap) {
+                    if entry.uuid == old.uuid {
+                        *entry =
+                            crate::bitmap::BitmapEntry { everything: entry.everything.clone(), ..recording_entry(new) };
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        self.tracking.switch(new);
+        for recording in old.iter() {
+            self.tracking.forget_words(recording.uuid);
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.image.read_only() {
+            return Err(Error::new(errno::EROFS, format!("disk '{}'", self.name), "it is served read-only"));
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable()?;
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(self.past_the_end(offset)),
+        }
+    }
+
+    fn past_the_end(&self, offset: u64) -> Error {
+        Error::new(errno::ENOSPC, format!("disk '{}'", self.name), format!("past its end at {} bytes", self.size()))
+            .at_offset(offset)
+    }
+}
+
+/// The next piece of a long range: at most 1 MiB, ending on a multiple of 1 MiB.
+fn gate_piece(at: u64, end: u64) -> u64 {
+    (end - at).min(MAX_GATE_BYTES - at % MAX_GATE_BYTES)
+}

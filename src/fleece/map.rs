@@ -1,0 +1,77 @@
+//! The dirty map of a view since one earlier point.
+//!
+//! Immutable: the union of the sealed bitmaps is made once, from one version of the chain of checkpoints, and `zero`
+//! comes from the view's zero map, which is decided once. A map says too much rather than too little: what cannot be
+//! known counts as changed, with the reason.
+
+use super::view::{Point, View};
+use super::zeros::{ZeroCursor, ZeroMap};
+use crate::bitmap::DirtyBitmap;
+use crate::error::Result;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// The dirty map of a view since one point. See the module.
+#[derive(Debug)]
+pub struct ViewMap {
+    view: Arc<View>,
+    base: Option<Point>,
+    /// None: everything is dirty.
+    bitmap: Option<DirtyBitmap>,
+    everything: Option<String>,
+    zeros: Arc<ZeroMap>,
+}
+
+impl ViewMap {
+    pub(super) fn new(view: Arc<View>, base: Option<Uuid>) -> Result<ViewMap> {
+        let zeros = view.zeros()?;
+        let Some(base) = base else {
+            let everything =
+                Some(view.full_reason().unwrap_or_else(|| "no earlier checkpoint was asked for".to_owned()));
+            return Ok(ViewMap { view, base: None, bitmap: None, everything, zeros });
+        };
+        let tracking = &view.disk.tracking;
+        let union = tracking.union(base, view.checkpoint().uuid, view.size())?;
+        let base = view.since().into_iter().find(|point| point.uuid == base);
+        Ok(ViewMap { bitmap: Some(union.bitmap), everything: union.everything, base, view, zeros })
+    }
+
+    /// The view that the map is of.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// The point since which changes are listed; None: everything is.
+    pub fn base(&self) -> Option<Point> {
+        self.base.clone()
+    }
+
+    /// Why everything counts as dirty, where it does for want of a base or of knowledge.
+    pub fn everything(&self) -> Option<&str> {
+        self.everything.as_deref()
+    }
+
+    /// Whether the byte at `offset` may have changed, and for how many bytes (at most `len`) that holds on.
+    pub fn dirty_run(&self, offset: u64, len: u64) -> (bool, u64) {
+        let end = (offset + len).min(self.view.size());
+        let Some(bitmap) = &self.bitmap else { return (true, end.saturating_sub(offset)) };
+        match bitmap.next_dirty_run(offset, end) {
+            Some(run) if run.start <= offset => (true, run.end.min(end) - offset),
+            Some(run) => (false, run.start - offset),
+            None => (false, end.saturating_sub(offset)),
+        }
+    }
+
+    /// Bytes that may have changed.
+    pub fn dirty_bytes(&self) -> u64 {
+        match &self.bitmap {
+            Some(bitmap) => bitmap.count_bytes().min(self.view.size()),
+            None => self.view.size(),
+        }
+    }
+
+    /// A reader of what is known to be zero.
+    pub fn zero_cursor(&self) -> ZeroCursor {
+        self.zeros.cursor()
+    }
+}

@@ -1,0 +1,122 @@
+//! The core: disks with copy-before-write, frozen views, checkpoints and consumers.
+//!
+//! A snapshot of a disk pushes a *layer*: a store (a sparse file at the disk's own offsets) and one state a chunk. A
+//! *view* is what a user reads: it starts at its layer and looks through every newer one. What must hold, and where:
+//!
+//! * **I1** one way in for guest mutations, and **I6** mark before write: `disk`
+//! * **I2** preserve before overwrite: `disk`, `layer`
+//! * **I3** optimistic questions, without locks: `view`
+//! * **I4** one copy per overwrite; hidden layers and their folding: `chain`, `fold`
+//! * **I5** one instant: `snapshot`
+//! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
+//!
+//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `recover`, `transaction`, `checkpoints`.
+
+mod chain;
+mod checkpoints;
+mod counters;
+mod disk;
+mod events;
+#[allow(clippy::module_inception, reason = "the type that the module is named after")]
+mod fleece;
+mod fold;
+mod info;
+mod keep;
+mod layer;
+mod map;
+mod place;
+mod recover;
+mod snapshot;
+mod store;
+mod stripes;
+mod tracking;
+mod transaction;
+mod view;
+mod zeros;
+
+pub use counters::Counter;
+pub use disk::Disk;
+pub use events::Event;
+pub use fleece::Fleece;
+pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo};
+pub use map::ViewMap;
+pub use place::{Environment, Place};
+pub use snapshot::{Snapshot, SnapshotRequest};
+pub use view::{Point, View};
+pub use zeros::ZeroCursor;
+
+use crate::image::{Cache, Format};
+use crate::units::DEFAULT_CHUNK;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What happens when old content cannot be kept (QEMU's `on-cbw-error`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StoreErrorPolicy {
+    /// The guest goes on; the views of the disk are broken and answer EIO.
+    #[default]
+    BreakSnapshot,
+    /// The guest's write fails; the views stay right.
+    FailWrite,
+}
+
+/// The options of a mount.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Copy unit of new layers in bytes: a power of two from 4 KiB to 1 MiB.
+    pub chunk: u64,
+    /// What happens when old content cannot be kept.
+    pub on_store_error: StoreErrorPolicy,
+    /// How long a call on the store directory may take before it counts as failed.
+    pub store_timeout: Duration,
+    /// Most bytes in all stores of the mount; None: a store leaves the larger of 5 % and 1 GiB of its file system free.
+    pub store_limit: Option<u64>,
+    /// Where disks' state goes instead of beside their images.
+    pub state_dir: Option<PathBuf>,
+    /// Where stores go instead of the state directory.
+    pub store_dir: Option<PathBuf>,
+    /// Whether views survive a clean stop.
+    pub keep_snapshots: bool,
+    /// Most checkpoints a disk; the oldest that nobody needs are merged away.
+    pub keep_checkpoints: usize,
+    /// How the host's page cache is used for images.
+    pub cache: Cache,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            chunk: DEFAULT_CHUNK,
+            on_store_error: StoreErrorPolicy::default(),
+            store_timeout: Duration::from_secs(10),
+            store_limit: None,
+            state_dir: None,
+            store_dir: None,
+            keep_snapshots: false,
+            keep_checkpoints: 1000,
+            cache: Cache::default(),
+        }
+    }
+}
+
+/// A disk to serve.
+#[derive(Debug, Clone)]
+pub struct DiskSpec {
+    /// The name; None: the file's stem.
+    pub name: Option<String>,
+    /// The image file or block device.
+    pub file: PathBuf,
+    /// The image's format; None: raw.
+    pub format: Option<Format>,
+    /// Whether guest writes are refused.
+    pub read_only: bool,
+}
+
+/// The point that a snapshot's map is to count from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Since {
+    /// A checkpoint by name.
+    Checkpoint(String),
+    /// The last checkpoint that a consumer finished.
+    Consumer(String),
+}

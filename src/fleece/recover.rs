@@ -1,0 +1,469 @@
+//! Opening a disk's tracking state, and closing it.
+//!
+//! What an open finds, and what it may believe:
+//!
+//! | found | believed |
+//! | --- | --- |
+//! | no `dirty.log` | nothing is known; tracking starts |
+//! | CLEAN, and the image bears the stamp | everything is exact; kept views are whole |
+//! | OPEN, words with our nonce of this boot are there, the image was not written after the clock word (+ 1 s) | exact: the daemon was killed; views are whole |
+//! | anything else | changes since the newest checkpoint are not known: its bitmap says everything; views are dropped |
+//!
+//! The order of an open: a new nonce; new words, filled completely; the superblock {OPEN, nonce}, durable; the
+//! directory with the outcome; only then the old words go and writes are accepted. A crash at any point recovers from
+//! the same facts: until the superblock stands, from the old words; from then on from the new ones, which hold the
+//! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory.
+//!
+//! The order of a clean close: image flushed; recording bitmaps written to the sidecar and named in the directory;
+//! kept views saved; the superblock {CLEAN, stamp}; then the words go. Where one step fails the words stay, and the
+//! next open finds what a kill would have left.
+
+use super::Options;
+use super::chain::Chain;
+use super::counters::Counters;
+use super::disk::{Disk, DiskParts};
+use super::events::{Event, Events};
+use super::keep;
+use super::layer::Layer;
+use super::place::{Environment, Place};
+use super::store::{StoreIo, StoreSpace};
+use super::tracking::{CLOCK, Recording, Tracking, fine_name, recording_checkpoint, recording_entry};
+use super::transaction;
+use crate::bitmap::{
+    BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, LayerEntry, PreparedAction, Sidecar, State, Superblock,
+};
+use crate::error::{Error, Result, errno};
+use crate::image::Image;
+use crate::storage::clock::{now_coarse_ns, now_ns};
+use crate::storage::shm::ShmRoot;
+use crate::storage::{Dir, Shm, Stamp};
+use crate::sync::Mutex;
+use crate::sync::atomic::Ordering;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// The sidecar's name in the state directory.
+const SIDECAR: &str = "dirty.log";
+/// An image written this much later than the clock word was written by somebody else: clocks of files are coarse.
+const CLOCK_SLACK_NS: i64 = 1_000_000_000;
+
+/// What all disks of a mount share.
+pub(super) struct Shared<'a> {
+    pub options: &'a Options,
+    pub env: &'a Environment,
+    pub space: &'a Arc<StoreSpace>,
+    pub counters: &'a Arc<Counters>,
+    pub events: &'a Arc<Events>,
+    pub recovered: &'a Mutex<Vec<String>>,
+    /// Disks that are served already: one of them may coordinate a prepared change.
+    pub known: Vec<Arc<Disk>>,
+}
+
+/// What the last user of the state left.
+enum Found {
+    New,
+    Clean,
+    /// Killed; its words are all there.
+    Killed(Box<dyn Shm>),
+    /// Why changes are not known.
+    Lost(String),
+}
+
+/// Opens the state of one disk, recovers what can be believed, and makes the disk.
+pub(super) fn open(name: &str, image: Arc<dyn Image>, place: Place, shared: Shared<'_>) -> Result<Disk> {
+    let root = place.shm.clone().unwrap_or_else(|| shared.env.shm.clone());
+    let (sidecar, found) = open_sidecar(name, &*image, &*place.state, &*root)?;
+    let store_io = store_io(name, &place, &shared);
+    let nonce = Uuid::new_v4();
+    let shm: Arc<dyn Shm> = Arc::from(root.create(&nonce.to_string())?);
+    let opened = Opening { name, image: &*image, sidecar: &sidecar, shm: &*shm, store_io: &store_io, shared: &shared };
+    let state = opened.recover(&found).inspect_err(|_| {
+        let _ = shm.remove_all();
+    })?;
+    let clock = shm.create(CLOCK, 1)?;
+    clock[0].store(now_coarse_ns() as u64, Ordering::SeqCst);
+    let mut superblock = sidecar.superblock();
+    let old_nonce = match &superblock.state {
+        State::Open { nonce, .. } => Some(*nonce),
+        State::Clean { .. } => None,
+    };
+    superblock.state = State::Open { nonce, boot_id: root.boot_id() };
+    superblock.heartbeat_ns = now_ns();
+    superblock.region_size = crate::bitmap::region_size_for(image.size().max(sidecar.directory().size));
+    sidecar.set_superblock(superblock)?;
+    sidecar.commit(|directory| {
+        *directory = state.directory.clone();
+        Ok(())
+    })?;
+    if let Some(old) = old_nonce.filter(|old| *old != nonce)
+        && let Some(old) = root.find(&old.to_string())?
+    {
+        old.remove_all()?;
+    }
+    if matches!(found, Found::Clean) {
+        for entry in &state.directory.layers {
+            keep::forget(&store_io, entry.uuid)?;
+        }
+    }
+    if let Err(e) = remove_strays(&store_io, &state.directory) {
+        log::warn!("disk '{name}': leftover stores could not be removed: {e}");
+    }
+    let origin = tell(name, &found, &state, &shared);
+    let tracking = Tracking::new(sidecar, shm, clock, state.recording);
+    let parts = DiskParts {
+        name: name.to_owned(),
+        image,
+        chain: Chain { layers: state.layers },
+        tracking,
+        state: place.state,
+        store_io,
+        counters: shared.counters.clone(),
+        events: shared.events.clone(),
+        origin,
+        lock: place.lock,
+    };
+    Ok(Disk::new(parts, shared.options))
+}
+
+fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {
+    let (events, disk) = (shared.events.clone(), name.to_owned());
+    let warn = move |used, limit| events.emit(&Event::StoreNearlyFull { disk: disk.clone(), used, limit });
+    StoreIo::new(place.stores.clone(), shared.space.clone(), shared.options.store_timeout, Box::new(warn))
+}
+
+/// Removes what no directory entry names: layers that were dropped now, or whose removal a crash cut off.
+fn remove_strays(io: &Arc<StoreIo>, directory: &Directory) -> Result<()> {
+    let names = io.run("list the stores", |io| io.dir.list("layers"))?;
+    let strays = names.iter().filter_map(|name| Uuid::parse_str(name).ok());
+    for stray in strays.filter(|uuid| directory.layers.iter().all(|entry| entry.uuid != *uuid)) {
+        io.remove_later(stray);
+    }
+    Ok(())
+}
+
+/// Logs what was found, hands it on as an event, and returns it for status.
+fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> String {
+    let origin = match found {
+        Found::New => "tracking starts".to_owned(),
+        Found::Clean => "exact".to_owned(),
+        Found::Killed(_) => "exact after a kill".to_owned(),
+        Found::Lost(reason) => format!("everything: {reason}"),
+    };
+    let event = match found {
+        Found::New | Found::Clean => None,
+        Found::Killed(_) => Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() }),
+        Found::Lost(reason) => Some(Event::TrackingLost { disk: name.to_owned(), reason: reason.clone() }),
+    };
+    if let Some(event) = event {
+        shared.events.emit(&event);
+        shared.recovered.lock().push(event.to_string());
+    }
+    if !state.dropped_views.is_empty() {
+        let text = format!("disk '{name}': snapshots {} could not be kept", state.dropped_views.join(", "));
+        log::warn!("{text}");
+        shared.recovered.lock().push(text);
+    }
+    origin
+}
+
+/// Opens or makes the sidecar and looks at what the last user left.
+fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRoot) -> Result<(Sidecar, Found)> {
+    let new = || -> Result<Sidecar> {
+        let file = state.create(SIDECAR)?;
+        let sidecar = Sidecar::create(file, Directory::new(Uuid::new_v4(), image.size()))?;
+        state.sync()?;
+        Ok(sidecar)
+    };
+    if !state.exists(SIDECAR)? {
+        return Ok((new()?, Found::New));
+    }
+    match Sidecar::open(state.open(SIDECAR)?) {
+        Ok(sidecar) => {
+            let found = classify(&sidecar, image, root)?;
+            Ok((sidecar, found))
+        }
+        // Damaged: what it knew is lost, which must not keep a guest from starting. Newer versions and I/O errors do.
+        Err(e) if e.errno() == errno::EINVAL => {
+            let aside = format!("{SIDECAR}.damaged-{}", now_ns());
+            state.rename(SIDECAR, &aside)?;
+            log::error!("disk '{name}': {e}; kept as {}", state.path(&aside).display());
+            Ok((new()?, Found::Lost(format!("its tracking state was damaged: {e}"))))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<Found> {
+    let stamp = image.stamp()?;
+    match sidecar.superblock().state {
+        State::Clean { stamp: left } if same(&left, &stamp, image.is_block_device()) => Ok(Found::Clean),
+        State::Clean { .. } => {
+            Ok(Found::Lost("the image was changed by another program since the last clean stop".to_owned()))
+        }
+        State::Open { nonce, boot_id } => {
+            if boot_id != root.boot_id() {
+                return Ok(Found::Lost("the host stopped without a clean stop of fleecefs".to_owned()));
+            }
+            let Some(words) = root.find(&nonce.to_string())? else {
+                return Ok(Found::Lost("fleecefs was killed and its state in memory is gone".to_owned()));
+            };
+            let Some(clock) = words.open(CLOCK)? else {
+                return Ok(Found::Lost("fleecefs was killed while it was opening the disk".to_owned()));
+            };
+            let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
+            if !image.is_block_device() && stamp.ctime_ns > newest.saturating_add(CLOCK_SLACK_NS) {
+                return Ok(Found::Lost(
+                    "the image was changed by another program after fleecefs was killed".to_owned(),
+                ));
+            }
+            Ok(Found::Killed(words))
+        }
+    }
+}
+
+/// Whether an image bears a stamp. Device numbers change over reboots, and a device node's times say nothing.
+fn same(left: &Stamp, now: &Stamp, block_device: bool) -> bool {
+    if block_device {
+        return left.size == now.size;
+    }
+    (left.ino, left.size, left.mtime_ns, left.ctime_ns) == (now.ino, now.size, now.mtime_ns, now.ctime_ns)
+}
+
+struct Opening<'a> {
+    name: &'a str,
+    image: &'a dyn Image,
+    sidecar: &'a Sidecar,
+    shm: &'a dyn Shm,
+    store_io: &'a Arc<StoreIo>,
+    shared: &'a Shared<'a>,
+}
+
+/// The outcome of a recovery: the directory to be, and what stands in memory.
+struct Recovered {
+    directory: Directory,
+    recording: Vec<Recording>,
+    layers: Vec<Arc<Layer>>,
+    dropped_views: Vec<String>,
+}
+
+impl Opening<'_> {
+    fn recover(&self, found: &Found) -> Result<Recovered> {
+        let mut directory = (*self.sidecar.directory()).clone();
+        let old: Option<&dyn Shm> = match found {
+            Found::Killed(words) => Some(&**words),
+            _ => None,
+        };
+        let extra = self.settle_prepared(&mut directory, old)?;
+        let recording = self.recover_recording(&mut directory, found, extra)?;
+        let mut state = Recovered {
+            directory,
+            recording: recording.into_iter().collect(),
+            layers: Vec::new(),
+            dropped_views: Vec::new(),
+        };
+        self.recover_layers(&mut state, found, old);
+        state.directory.size = self.image.size();
+        Ok(state)
+    }
+
+    /// Makes a prepared change, or takes it back; see `transaction`. Returns a bitmap whose bits belong to the one
+    /// that records: what the bitmap of a snapshot that was taken back had recorded by then.
+    fn settle_prepared(&self, directory: &mut Directory, old: Option<&dyn Shm>) -> Result<Option<DirtyBitmap>> {
+        let Some(prepared) = directory.prepared.take() else { return Ok(None) };
+        let coordinator = self.shared.known.iter().find(|disk| disk.uuid() == prepared.coordinator);
+        let committed =
+            coordinator.is_some_and(|disk| disk.tracking.directory().committed.contains(&prepared.transaction));
+        if committed {
+            let sealed = match (&prepared.action, recording_checkpoint(directory)) {
+                (PreparedAction::Snapshot { .. }, Some(last)) => Some(self.seal_old(&last.bitmap, old)?),
+                _ => None,
+            };
+            transaction::apply(directory, &prepared.action, sealed);
+            log::warn!("disk '{}': a change of several disks was made after the crash", self.name);
+            return Ok(None);
+        }
+        let PreparedAction::Snapshot { layer, checkpoint } = prepared.action else { return Ok(None) };
+        // It may have been published, and older views may look through it: it stays, hidden.
+        directory.next_layer = directory.next_layer.max(layer.seq + 1);
+        directory.layers.push(LayerEntry { snapshot: None, ..layer });
+        log::warn!(
+            "disk '{}': snapshot '{}' was not finished before the crash; it is dropped",
+            self.name,
+            checkpoint.name
+        );
+        old.map(|old| words_of(old, &checkpoint.bitmap)).transpose().map(Option::flatten)
+    }
+
+    /// The bitmap that a committed snapshot sealed, saved now.
+    fn seal_old(&self, entry: &BitmapEntry, old: Option<&dyn Shm>) -> Result<BitmapEntry> {
+        let bitmap = match old.map(|old| words_of(old, entry)).transpose()?.flatten() {
+            Some(bitmap) => bitmap,
+            None => {
+                let reason = "the host stopped while a snapshot was taken".to_owned();
+                return Ok(BitmapEntry { everything: Some(reason), ..entry.clone() });
+            }
+        };
+        let area = self.sidecar.allocate((Bits::words_for(bitmap.bits().len()) * 8) as u64)?;
+        let crc = self.sidecar.write_bits(&area, bitmap.bits())?;
+        Ok(BitmapEntry { area: Some(area), crc: Some(crc), dirty: bitmap.count_bytes(), ..entry.clone() })
+    }
+
+    /// The bitmap of the checkpoint that records, in new words of the image's present size.
+    fn recover_recording(
+        &self,
+        directory: &mut Directory,
+        found: &Found,
+        extra: Option<DirtyBitmap>,
+    ) -> Result<Option<Recording>> {
+        let Some(index) = recording_checkpoint(directory).map(|_| directory.checkpoints.len() - 1) else {
+            return Ok(None);
+        };
+        let entry = directory.checkpoints[index].bitmap.clone();
+        let known: std::result::Result<DirtyBitmap, String> = match found {
+            Found::Killed(old) => match words_of(&**old, &entry)? {
+                Some(bitmap) => Ok(bitmap),
+                None => Err("its bitmap in memory is gone".to_owned()),
+            },
+            Found::Clean => self.saved(&entry),
+            Found::Lost(reason) => Err(reason.clone()),
+            Found::New => Err("it was never saved".to_owned()),
+        };
+        let size = self.image.size();
+        let bits = DirtyBitmap::bits_for(entry.granularity, size)?;
+        let words = Bits::new(self.shm.create(&fine_name(entry.uuid), Bits::words_for(bits))?, bits);
+        let mut everything = entry.everything.clone();
+        let bitmap = match known {
+            Ok(bitmap) => {
+                if let Some(extra) = &extra {
+                    bitmap.merge_from(extra);
+                }
+                bitmap.resized(size, words, true)?
+            }
+            Err(reason) => {
+                let bitmap = DirtyBitmap::new(entry.granularity, size, words)?;
+                bitmap.mark_all();
+                everything.get_or_insert(reason);
+                bitmap
+            }
+        };
+        let recording = Recording { uuid: entry.uuid, bitmap: Arc::new(bitmap) };
+        directory.checkpoints[index].bitmap = BitmapEntry { everything, ..recording_entry(&recording) };
+        Ok(Some(recording))
+    }
+
+    fn saved(&self, entry: &BitmapEntry) -> std::result::Result<DirtyBitmap, String> {
+        let area = entry.area.as_ref().ok_or("its bitmap was not saved")?;
+        let load = || {
+            let bits =
+                self.sidecar.read_bits(area, DirtyBitmap::bits_for(entry.granularity, entry.size)?, entry.crc)?;
+            DirtyBitmap::new(entry.granularity, entry.size, bits)
+        };
+        load().map_err(|e| format!("its saved bitmap cannot be read: {e}"))
+    }
+
+    /// The layers with their states; all go where one that others look through cannot be believed.
+    fn recover_layers(&self, state: &mut Recovered, found: &Found, old: Option<&dyn Shm>) {
+        let entries = std::mem::take(&mut state.directory.layers);
+        let mut layers = Vec::new();
+        let mut failure = None;
+        for entry in &entries {
+            let words = match (found, old) {
+                (Found::Killed(_), Some(old)) => keep::take_over(old, self.shm, entry),
+                (Found::Clean, _) => keep::load(self.store_io, self.shm, entry),
+                _ => Err(Error::new(errno::ENOENT, "view", "what it held is not known after the crash")),
+            };
+            let made = words.and_then(|words| Ok((words, self.store_io.reopen(entry.uuid, entry.size)?)));
+            match made {
+                Ok((words, store)) => {
+                    let layer = Layer::new(entry.uuid, entry.seq, entry.size, entry.chunk, store, words);
+                    if entry.snapshot.is_none() {
+                        layer.hide();
+                    }
+                    layers.push(Arc::new(layer));
+                }
+                Err(e) => {
+                    failure = Some(e);
+                    break;
+                }
+            }
+        }
+        match failure {
+            None => {
+                state.directory.layers = entries;
+                state.layers = layers;
+            }
+            Some(e) => {
+                log::warn!("disk '{}': its snapshots are dropped: {e}", self.name);
+                state.dropped_views =
+                    entries.iter().filter_map(|entry| Some(format!("'{}'", entry.snapshot.as_ref()?.name))).collect();
+            }
+        }
+    }
+}
+
+/// A recording bitmap in the words of a killed daemon, as a copy of its recorded size.
+fn words_of(old: &dyn Shm, entry: &BitmapEntry) -> Result<Option<DirtyBitmap>> {
+    let Some(words) = old.open(&fine_name(entry.uuid))? else { return Ok(None) };
+    let bits = DirtyBitmap::bits_for(entry.granularity, entry.size)?;
+    if words.len() != Bits::words_for(bits) {
+        return Ok(None);
+    }
+    let copy = Bits::heap(bits);
+    keep::fill(copy.words(), words.iter().map(|word| word.load(Ordering::SeqCst)));
+    DirtyBitmap::new(entry.granularity, entry.size, copy).map(Some)
+}
+
+impl Disk {
+    /// A clean close; see the module for the order. Views are saved, or dropped with their stores.
+    pub(super) fn close(&self, keep_views: bool) -> Result<()> {
+        let mut closed = self.closed.lock();
+        let _gate = self.gate.write();
+        if !self.read_only() {
+            self.flush()?;
+        }
+        let chain = self.chain.load();
+        if keep_views {
+            for layer in &chain.layers {
+                keep::save(layer)?;
+            }
+        }
+        self.save_bitmaps(&chain, keep_views)?;
+        let superblock =
+            Superblock { state: State::Clean { stamp: self.image().stamp()? }, ..self.tracking.sidecar.superblock() };
+        self.tracking.sidecar.set_superblock(superblock)?;
+        if !keep_views {
+            for layer in &chain.layers {
+                layer.store.remove_now();
+            }
+        }
+        *closed = true;
+        self.tracking.shm.remove_all()
+    }
+    /// The recording bitmaps, saved and named in the directory, with the layers that are kept.
+    fn save_bitmaps(&self, chain: &Chain, keep_views: bool) -> Result<()> {
+        let recording = self.tracking.recording();
+        let directory = self.tracking.directory();
+        let mut sealed = Vec::new();
+        let mut seal_all = || -> Result<()> {
+            for entry in directory.checkpoints.iter().filter(|entry| entry.state == CheckpointState::Recording) {
+                if let Some(one) = recording.iter().find(|one| one.uuid == entry.bitmap.uuid) {
+                    sealed.push(self.tracking.seal(one, entry.bitmap.everything.clone())?);
+                }
+            }
+            Ok(())
+        };
+        let saved = seal_all().and_then(|()| {
+            self.tracking.sidecar.commit(|directory| {
+                for bitmap in &sealed {
+                    for entry in directory.checkpoints.iter_mut().filter(|entry| entry.bitmap.uuid == bitmap.uuid) {
+                        entry.bitmap = bitmap.clone();
+                    }
+                }
+                let kept = |uuid: Uuid| keep_views && chain.layers.iter().any(|layer| layer.uuid == uuid);
+                directory.layers.retain(|entry| kept(entry.uuid));
+                Ok(())
+            })
+        });
+        saved.inspect_err(|_| sealed.iter().for_each(|entry| self.tracking.abandon(entry)))
+    }
+}

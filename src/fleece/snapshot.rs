@@ -1,0 +1,471 @@
+//! Snapshots: frozen views of one or more disks, all at one instant (I5).
+//!
+//! Taking one: everything that needs I/O is made first (stores, bitmaps, the prepared transaction); then the gates of
+//! all its disks are held exclusively, in name order, while layers are published and bitmaps switched, without any
+//! I/O; then the old bitmaps are sealed and the transaction is committed. A layer is recorded durably, as prepared,
+//! before it is published: a daemon killed in between finds it again, hidden, since older views may need it.
+
+use super::fleece::{Fleece, Reaper};
+use super::layer::{Layer, LayerWords};
+use super::tracking::{Recording, recording_checkpoint, recording_entry};
+use super::transaction::{self, Part};
+use super::view::{Point, View};
+use super::{Disk, Since};
+use crate::bitmap::{
+    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, PreparedAction, SnapshotEntry,
+};
+use crate::error::{Error, Result, errno};
+use crate::sync::Mutex;
+use crate::units::{DEFAULT_GRANULARITY, check_name};
+use std::sync::Arc;
+use std::time::Instant;
+use uuid::Uuid;
+
+/// What to freeze.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotRequest {
+    /// Name of the snapshot and of its checkpoint.
+    pub name: String,
+    /// Names of the disks; empty: all.
+    pub disks: Vec<String>,
+    /// The reference point; None: the newest completed checkpoint of each disk.
+    pub since: Option<Since>,
+}
+
+/// A frozen view of one or more disks, all at one instant.
+#[derive(Debug)]
+pub struct Snapshot {
+    name: String,
+    uuid: Uuid,
+    time_ns: i64,
+    views: Vec<Arc<View>>,
+    /// Shared with the snapshot object that this one replaced when a disk of it was added.
+    holds: Arc<Mutex<Holds>>,
+    reaper: Reaper,
+}
+
+/// Who still reads a snapshot.
+#[derive(Debug, Default)]
+struct Holds {
+    opens: u64,
+    /// The user let go: the views live until the last close.
+    dropped: bool,
+}
+
+impl Snapshot {
+    pub(super) fn new(name: String, uuid: Uuid, time_ns: i64, views: Vec<Arc<View>>, reaper: Reaper) -> Self {
+        Snapshot { name, uuid, time_ns, views, holds: Arc::new(Mutex::new(Holds::default())), reaper }
+    }
+
+    /// The same snapshot with the view of one more disk.
+    pub(super) fn with_view(&self, view: Arc<View>) -> Self {
+        let mut views = self.views.clone();
+        views.push(view);
+        views.sort_by(|a, b| a.disk_name().cmp(b.disk_name()));
+        Snapshot {
+            name: self.name.clone(),
+            uuid: self.uuid,
+            time_ns: self.time_ns,
+            views,
+            holds: self.holds.clone(),
+            reaper: self.reaper.clone(),
+        }
+    }
+
+    /// Its name, and its checkpoint's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its identity, and its checkpoint's.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// The instant, in nanoseconds since the epoch.
+    pub fn time_ns(&self) -> i64 {
+        self.time_ns
+    }
+
+    /// One view a disk, in the disks' name order.
+    pub fn views(&self) -> &[Arc<View>] {
+        &self.views
+    }
+
+    /// The view of one disk.
+    pub fn view(&self, disk: &str) -> Result<&Arc<View>> {
+        self.views.iter().find(|view| view.disk_name() == disk).ok_or_else(|| {
+            Error::new(errno::ENOENT, format!("disk '{disk}'"), format!("not in snapshot '{}'", self.name))
+        })
+    }
+
+    /// Takes the hold of one open file. False: the snapshot is gone.
+    pub fn opened(&self) -> bool {
+        let mut holds = self.holds.lock();
+        if holds.dropped && holds.opens == 0 {
+            return false;
+        }
+        holds.opens += 1;
+        true
+    }
+
+    /// The counterpart of [`Snapshot::opened`]; the last one of a dropped snapshot lets its layers go.
+    pub fn closed(&self) {
+        let mut holds = self.holds.lock();
+        holds.opens = holds.opens.saturating_sub(1);
+        if holds.dropped && holds.opens == 0 {
+            self.let_go();
+        }
+    }
+
+    /// The user let go of it. The views stay readable until the last close.
+    pub(super) fn drop_views(&self) {
+        let mut holds = self.holds.lock();
+        holds.dropped = true;
+        if holds.opens == 0 {
+            self.let_go();
+        }
+    }
+
+    /// Dropped, and nobody reads it any more.
+    pub(super) fn is_gone(&self) -> bool {
+        let holds = self.holds.lock();
+        holds.dropped && holds.opens == 0
+    }
+
+    fn let_go(&self) {
+        for view in &self.views {
+            view.layer.hide();
+        }
+        self.reaper.wake();
+    }
+
+    /// Why a disk's view is broken, for the first one that is.
+    pub fn broken(&self) -> Option<String> {
+        self.views.iter().find_map(|view| view.broken())
+    }
+}
+
+/// One disk's part of a snapshot that is being taken.
+struct Taking {
+    disk: Arc<Disk>,
+    layer: Arc<Layer>,
+    recording: Recording,
+    /// What recorded until now, if anything did.
+    old: Option<Recording>,
+    old_everything: Option<String>,
+    layer_entry: LayerEntry,
+    checkpoint: CheckpointEntry,
+}
+
+impl Fleece {
+    /// Freezes disks at one instant. EEXIST where the name is taken by a snapshot or a checkpoint.
+    pub fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
+        let _control = self.control.lock();
+        check_name("snapshot", &request.name)?;
+        self.check_name_free(&request.name)?;
+        let disks = self.chosen_disks(&request.disks)?;
+        let uuid = Uuid::new_v4();
+        let time_ns = crate::storage::clock::now_ns();
+        let mut taking = Vec::new();
+        for disk in disks {
+            match Taking::prepare(disk, request, uuid, time_ns) {
+                Ok(one) => taking.push(one),
+                Err(e) => {
+                    taking.iter().for_each(Taking::forget);
+                    return Err(e.context(format!("snapshot '{}' was not taken", request.name)));
+                }
+            }
+        }
+        self.take(request, uuid, time_ns, &taking).inspect(|snapshot| {
+            log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
+            self.counters.snapshots_taken.add(1);
+            self.retain_checkpoints();
+        })
+    }
+
+    fn take(&self, request: &SnapshotRequest, uuid: Uuid, time_ns: i64, taking: &[Taking]) -> Result<Arc<Snapshot>> {
+        let id = Uuid::new_v4();
+        let parts: Vec<Part> = taking.iter().map(Taking::part).collect();
+        if let Err(e) = transaction::prepare(id, &parts) {
+            taking.iter().for_each(Taking::forget);
+            return Err(e);
+        }
+        self.freeze(taking);
+        let mut sealed = Vec::new();
+        let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
+        if let Err(e) = saved.and_then(|()| transaction::commit(id, &parts, |index| sealed[index].clone())) {
+            self.undo(id, uuid, taking);
+            for (one, entry) in taking.iter().zip(&sealed) {
+                entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
+            }
+            return Err(e.context(format!("snapshot '{}' was not taken", request.name)));
+        }
+        let views = taking
+            .iter()
+            .filter_map(|one| View::new(one.disk.clone(), one.layer.clone(), &one.layer_entry).map(Arc::new))
+            .collect();
+        for one in taking {
+            if let Some(old) = &one.old {
+                one.disk.tracking.forget_words(old.uuid);
+            }
+        }
+        let snapshot = Arc::new(Snapshot::new(request.name.clone(), uuid, time_ns, views, self.reaper()));
+        self.snapshots.write().push(snapshot.clone());
+        Ok(snapshot)
+    }
+
+    /// The freeze happened but could not be made durable. The coordinator's directory decides, so it goes first. Where a
+    /// directory cannot be written, both bitmaps record on and the layer goes on preserving, so that whatever a later
+    /// recovery goes by is true.
+    fn undo(&self, transaction: Uuid, checkpoint: Uuid, taking: &[Taking]) {
+        taking.iter().for_each(Taking::record_both);
+        for (index, one) in taking.iter().enumerate() {
+            if let Err(e) = one.undo(transaction, checkpoint) {
+                log::error!("disk '{}': a snapshot that failed cannot be taken back: {e}", one.disk.name());
+                if index == 0 {
+                    break;
+                }
+            }
+        }
+        self.reaper().wake();
+    }
+
+    /// I5: all gates, then memory only, then all gates open again.
+    fn freeze(&self, taking: &[Taking]) {
+        let asked = Instant::now();
+        let gates: Vec<_> = taking.iter().map(|one| one.disk.gate.write()).collect();
+        for one in taking {
+            {
+                let _one = one.disk.chain_edit.lock();
+                let mut chain = (*one.disk.chain.load()).clone();
+                chain.layers.push(one.layer.clone());
+                one.disk.chain.store(Arc::new(chain));
+            }
+            one.switch(one.old.as_ref(), &one.recording);
+        }
+        drop(gates);
+        self.counters.freeze_ns.add(asked.elapsed().as_nanos() as u64);
+    }
+
+    fn chosen_disks(&self, names: &[String]) -> Result<Vec<Arc<Disk>>> {
+        let disks = self.disks.read();
+        if let Some(unknown) = names.iter().find(|name| !disks.contains_key(*name)) {
+            return Err(self.unknown_disk(unknown));
+        }
+        let chosen: Vec<_> = disks
+            .values()
+            .filter(|disk| names.is_empty() || names.iter().any(|name| name == disk.name()))
+            .cloned()
+            .collect();
+        if chosen.is_empty() {
+            return Err(Error::new(errno::ENODEV, "snapshot", "there is no disk to freeze")
+                .hint("add one with `fleecefs disk add`"));
+        }
+        Ok(chosen)
+    }
+
+    fn check_name_free(&self, name: &str) -> Result<()> {
+        if self.snapshots.read().iter().any(|snapshot| snapshot.name == name) {
+            return Err(Error::new(errno::EEXIST, format!("snapshot '{name}'"), "exists already"));
+        }
+        let taken = |disk: &Arc<Disk>| disk.tracking.directory().checkpoints.iter().any(|entry| entry.name == name);
+        if self.disks.read().values().any(taken) {
+            return Err(Error::new(errno::EEXIST, format!("snapshot '{name}'"), "a checkpoint of that name exists")
+                .hint(format!("take another name, or `fleecefs checkpoint delete MNT {name}`")));
+        }
+        Ok(())
+    }
+
+    /// Ends a snapshot whose backup succeeded: the view goes, its checkpoint stays and counts as completed; `consumer`
+    /// moves to it.
+    pub fn complete_snapshot(&self, name: &str, consumer: Option<&str>) -> Result<()> {
+        let _control = self.control.lock();
+        if let Some(consumer) = consumer {
+            check_name("consumer", consumer)?;
+        }
+        let snapshot = self.snapshot(name)?;
+        if let (Some(consumer), Some(reason)) = (consumer, snapshot.broken()) {
+            return Err(Error::new(
+                errno::EIO,
+                format!("snapshot '{name}'"),
+                format!("consumer '{consumer}' cannot move to it, its view is broken: {reason}"),
+            )
+            .hint("cancel the snapshot and take a new one"));
+        }
+        let checkpoint = snapshot.uuid;
+        let entry = consumer.map(|name| ConsumerEntry { name: name.to_owned(), checkpoint, previous: None });
+        let action = PreparedAction::Complete { checkpoint, consumer: entry };
+        transaction::run(&parts_of(&snapshot, &action))?;
+        self.retire(&snapshot);
+        log::info!("snapshot '{name}' completed");
+        Ok(())
+    }
+
+    /// Ends a snapshot whose backup failed: view and checkpoint go, no change is forgotten. The checkpoint stays while
+    /// a consumer points at it, or another open snapshot counts from it.
+    pub fn cancel_snapshot(&self, name: &str) -> Result<()> {
+        let _control = self.control.lock();
+        let snapshot = self.snapshot(name)?;
+        let action = PreparedAction::Cancel { checkpoint: snapshot.uuid };
+        transaction::run(&parts_of(&snapshot, &action))?;
+        self.retire(&snapshot);
+        log::info!("snapshot '{name}' cancelled");
+        for view in &snapshot.views {
+            if self.pinned(&view.disk, snapshot.uuid).is_none() {
+                self.merge_away(&view.disk, snapshot.uuid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a snapshot out of the list; open files keep it until their last close.
+    fn retire(&self, snapshot: &Arc<Snapshot>) {
+        self.snapshots.write().retain(|other| !Arc::ptr_eq(other, snapshot));
+        let mut lingering = self.lingering.write();
+        lingering.retain(|other| !other.is_gone());
+        lingering.push(snapshot.clone());
+        drop(lingering);
+        snapshot.drop_views();
+    }
+}
+
+fn parts_of(snapshot: &Snapshot, action: &PreparedAction) -> Vec<Part> {
+    snapshot.views.iter().map(|view| Part { disk: view.disk.clone(), action: action.clone() }).collect()
+}
+
+impl Taking {
+    /// Makes the store, the layer's words and the new bitmap. Nothing is visible yet.
+    fn prepare(disk: Arc<Disk>, request: &SnapshotRequest, uuid: Uuid, time_ns: i64) -> Result<Taking> {
+        let directory = disk.tracking.directory();
+        let (reference, full_reason) = reference_of(&directory, request.since.as_ref());
+        let size = disk.size();
+        let newest = disk.chain.load().newest().cloned();
+        // Fixed while layers exist: a view walks them all with one chunk size.
+        let chunk = newest.as_ref().map_or(disk.chunk, |layer| layer.chunk);
+        let seq = directory.next_layer.max(newest.map_or(0, |layer| layer.seq + 1));
+        let layer_uuid = Uuid::new_v4();
+        let store = disk.store_io.create(layer_uuid, size)?;
+        let made = LayerWords::create(&*disk.tracking.shm, layer_uuid, size, chunk)
+            .and_then(|words| Ok((words, disk.tracking.new_recording(DEFAULT_GRANULARITY, size)?)));
+        let (words, recording) = match made {
+            Ok(made) => made,
+            Err(e) => {
+                store.doom();
+                return Err(e);
+            }
+        };
+        let layer = Arc::new(Layer::new(layer_uuid, seq, size, chunk, store, words));
+        let snapshot =
+            SnapshotEntry { uuid, name: request.name.clone(), time_ns, checkpoint: uuid, reference, full_reason };
+        let layer_entry =
+            LayerEntry { uuid: layer_uuid, seq, size, chunk, store: disk.store_io.path(), snapshot: Some(snapshot) };
+        let checkpoint = CheckpointEntry {
+            uuid,
+            name: request.name.clone(),
+            time_ns,
+            completed: false,
+            bitmap: recording_entry(&recording),
+            state: CheckpointState::Recording,
+        };
+        let recorded = recording_checkpoint(&directory).map(|entry| entry.bitmap.clone());
+        let old = recorded
+            .as_ref()
+            .and_then(|entry| disk.tracking.recording().iter().find(|recording| recording.uuid == entry.uuid).cloned());
+        let old_everything = recorded.and_then(|entry| entry.everything);
+        Ok(Taking { disk, layer, recording, old, old_everything, layer_entry, checkpoint })
+    }
+
+    fn part(&self) -> Part {
+        let action = PreparedAction::Snapshot { layer: self.layer_entry.clone(), checkpoint: self.checkpoint.clone() };
+        Part { disk: self.disk.clone(), action }
+    }
+
+    /// Puts `to` in the place of `from` among the recording bitmaps.
+    fn switch(&self, from: Option<&Recording>, to: &Recording) {
+        let mut list = (*self.disk.tracking.recording()).clone();
+        list.retain(|recording| from.is_none_or(|from| from.uuid != recording.uuid));
+        list.push(to.clone());
+        self.disk.tracking.switch(list);
+    }
+
+    fn seal(&self) -> Result<Option<BitmapEntry>> {
+        self.old.as_ref().map(|old| self.disk.tracking.seal(old, self.old_everything.clone())).transpose()
+    }
+
+    /// Nothing was published: all that was made goes.
+    fn forget(&self) {
+        self.layer.doom(self.disk.tracking.shm.clone());
+        self.disk.tracking.forget_words(self.recording.uuid);
+    }
+
+    /// From here on the old bitmap records on, beside the new one, with what the new one has.
+    fn record_both(&self) {
+        if let Some(old) = &self.old {
+            let _gate = self.disk.gate.write();
+            old.bitmap.merge_from(&self.recording.bitmap);
+            let mut list = (*self.disk.tracking.recording()).clone();
+            list.push(old.clone());
+            self.disk.tracking.switch(list);
+        }
+    }
+
+    /// Takes the snapshot back durably; only then memory follows. The layer stays, hidden, since older views may look
+    /// through it by now.
+    fn undo(&self, transaction: Uuid, checkpoint: Uuid) -> Result<()> {
+        self.disk.tracking.sidecar.commit(|directory| {
+            directory.prepared = None;
+            directory.committed.retain(|id| *id != transaction);
+            directory.checkpoints.retain(|entry| entry.uuid != checkpoint);
+            if let (Some(last), Some(old)) = (directory.checkpoints.last_mut(), &self.old) {
+                last.state = CheckpointState::Recording;
+                last.bitmap = BitmapEntry { everything: self.old_everything.clone(), ..recording_entry(old) };
+            }
+            directory.layers.retain(|entry| entry.uuid != self.layer.uuid);
+            directory.layers.push(LayerEntry { snapshot: None, ..self.layer_entry.clone() });
+            directory.next_layer = directory.next_layer.max(self.layer.seq + 1);
+            Ok(())
+        })?;
+        self.layer.hide();
+        self.stop_recording();
+        Ok(())
+    }
+
+    fn stop_recording(&self) {
+        let mut list = (*self.disk.tracking.recording()).clone();
+        list.retain(|recording| recording.uuid != self.recording.uuid);
+        self.disk.tracking.switch(list);
+        self.disk.tracking.forget_words(self.recording.uuid);
+    }
+}
+
+/// The reference point that a new snapshot's map counts from, and why its map says 'everything', where it does.
+fn reference_of(directory: &Directory, since: Option<&Since>) -> (Option<Uuid>, Option<String>) {
+    let by_uuid = |uuid: Uuid| directory.checkpoints.iter().position(|entry| entry.uuid == uuid);
+    let index = match since {
+        None => match directory.checkpoints.iter().rposition(|entry| entry.completed) {
+            Some(index) => index,
+            None => return (None, Some("no completed checkpoint yet".to_owned())),
+        },
+        Some(Since::Checkpoint(name)) => match directory.checkpoints.iter().position(|entry| entry.name == *name) {
+            Some(index) => index,
+            None => return (None, Some(format!("checkpoint '{name}' is not known for this disk"))),
+        },
+        Some(Since::Consumer(name)) => match directory.consumers.iter().find(|consumer| consumer.name == *name) {
+            Some(consumer) => match by_uuid(consumer.checkpoint) {
+                Some(index) => index,
+                None => return (None, Some(format!("the checkpoint of consumer '{name}' is gone"))),
+            },
+            None => return (None, Some(format!("consumer '{name}' has not finished a backup of this disk"))),
+        },
+    };
+    let span = &directory.checkpoints[index..];
+    let lost = span.iter().find_map(|entry| entry.bitmap.everything.clone());
+    (span.first().map(|entry| entry.uuid), lost)
+}
+
+impl From<&CheckpointEntry> for Point {
+    fn from(entry: &CheckpointEntry) -> Self {
+        Point { name: entry.name.clone(), uuid: entry.uuid }
+    }
+}

@@ -1,0 +1,226 @@
+//! Tracking of one disk: which bitmaps record, and what the sidecar knows of checkpoints, consumers and layers.
+//!
+//! * I6: every recording bitmap is marked before the image is written, under the gate, so that a freeze, which holds
+//!   the gate exclusively while it switches bitmaps, sees each write on one side only.
+//! * One truth: the sidecar's directory. What stands here in memory is derived from it.
+//! * A checkpoint owns one bitmap, which records until the next checkpoint and is then sealed: written to the sidecar
+//!   and dropped from memory. Changes from A to B are the union of the sealed bitmaps from A up to B.
+//!
+//! Words outside this process' heap (exact after kill -9), in the namespace of the superblock's nonce:
+//! `fine.BITMAP` the bits of a recording bitmap; `clock` one word, the time in nanoseconds of the newest image write.
+
+use crate::bitmap::{BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directory, DirtyBitmap, Sidecar};
+use crate::error::{Error, Result, errno};
+use crate::storage::clock::now_coarse_ns;
+use crate::storage::{Shm, Words};
+use crate::sync::Published;
+use crate::sync::atomic::Ordering;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Name of the word that holds the time of the newest image write.
+pub(super) const CLOCK: &str = "clock";
+
+/// Name of the words of a recording bitmap.
+pub(super) fn fine_name(bitmap: Uuid) -> String {
+    format!("fine.{bitmap}")
+}
+
+/// A bitmap that marks guest writes now.
+#[derive(Debug, Clone)]
+pub(super) struct Recording {
+    pub uuid: Uuid,
+    pub bitmap: Arc<DirtyBitmap>,
+}
+
+/// Dirty since some point: the bits, and the reason where they say 'everything' for want of knowledge.
+#[derive(Debug)]
+pub(super) struct Union {
+    pub bitmap: DirtyBitmap,
+    pub everything: Option<String>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Tracking {
+    pub sidecar: Sidecar,
+    pub shm: Arc<dyn Shm>,
+    recording: Published<Vec<Recording>>,
+    clock: Words,
+}
+
+impl Tracking {
+    pub(super) fn new(sidecar: Sidecar, shm: Arc<dyn Shm>, clock: Words, recording: Vec<Recording>) -> Self {
+        Tracking { sidecar, shm, recording: Published::new(recording), clock }
+    }
+
+    /// Marks a range in every recording bitmap and notes the time. The caller holds the gate.
+    pub(super) fn mark(&self, offset: u64, len: u64) {
+        for recording in self.recording.load().iter() {
+            recording.bitmap.mark(offset, len);
+        }
+        self.note_write();
+    }
+
+    /// Notes that the image is about to be written, for the next open to tell foreign writers from us.
+    pub(super) fn note_write(&self) {
+        let now = now_coarse_ns() as u64;
+        if self.clock[0].load(Ordering::Relaxed) != now {
+            self.clock[0].store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// When the image was last written through us, in nanoseconds since the epoch.
+    pub(super) fn last_write_ns(&self) -> i64 {
+        self.clock[0].load(Ordering::Relaxed) as i64
+    }
+
+    /// Gives the words of a bitmap back that no longer records.
+    pub(super) fn forget_words(&self, bitmap: Uuid) {
+        if let Err(e) = self.shm.remove(&fine_name(bitmap)) {
+            log::debug!("{e}");
+        }
+    }
+
+    pub(super) fn recording(&self) -> Arc<Vec<Recording>> {
+        self.recording.load()
+    }
+
+    /// Replaces the recording bitmaps. The gate is held exclusively, or the new list has all that the old one has.
+    pub(super) fn switch(&self, recording: Vec<Recording>) {
+        self.recording.store(Arc::new(recording));
+    }
+
+    pub(super) fn directory(&self) -> Arc<Directory> {
+        self.sidecar.directory()
+    }
+
+    /// A new empty bitmap outside the heap.
+    pub(super) fn new_recording(&self, granularity: u64, size: u64) -> Result<Recording> {
+        let uuid = Uuid::new_v4();
+        let bits = size.div_ceil(granularity);
+        let words = self.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
+        Ok(Recording { uuid, bitmap: Arc::new(DirtyBitmap::new(granularity, size, Bits::new(words, bits))?) })
+    }
+
+    /// Writes a bitmap to a new area of the sidecar. The entry is what the directory is to hold: the commit that names
+    /// it makes it durable. Where there is no such commit, [`Tracking::abandon`] gives the area back.
+    pub(super) fn seal(&self, recording: &Recording, everything: Option<String>) -> Result<BitmapEntry> {
+        let bits = recording.bitmap.bits();
+        let area = self.sidecar.allocate((Bits::words_for(bits.len()) * 8) as u64)?;
+        let crc = self.sidecar.write_bits(&area, bits).inspect_err(|_| self.sidecar.abandon(&area))?;
+        Ok(BitmapEntry {
+            uuid: recording.uuid,
+            granularity: recording.bitmap.granularity(),
+            size: recording.bitmap.size(),
+            area: Some(area),
+            crc: Some(crc),
+            everything,
+            dirty: recording.bitmap.count_bytes(),
+        })
+    }
+
+    /// Gives back the area of a sealed bitmap that no commit has named.
+    pub(super) fn abandon(&self, sealed: &BitmapEntry) {
+        if let Some(area) = &sealed.area {
+            self.sidecar.abandon(area);
+        }
+    }
+
+    /// A bitmap as a fresh copy: of the recording one where it records, else from the sidecar. `Err` is the reason why
+    /// everything has to count as dirty.
+    pub(super) fn load(&self, entry: &BitmapEntry) -> std::result::Result<DirtyBitmap, String> {
+        if let Some(reason) = &entry.everything {
+            return Err(reason.clone());
+        }
+        if let Some(recording) = self.recording.load().iter().find(|recording| recording.uuid == entry.uuid) {
+            return copy_of(&recording.bitmap).map_err(|e| e.to_string());
+        }
+        let Some(area) = &entry.area else {
+            return Err("its bitmap was not saved".to_owned());
+        };
+        match self.sidecar.read_bits(area, entry.size.div_ceil(entry.granularity), entry.crc) {
+            Ok(bits) => DirtyBitmap::new(entry.granularity, entry.size, bits).map_err(|e| e.to_string()),
+            Err(e) => Err(format!("its saved bitmap cannot be read: {e}")),
+        }
+    }
+
+    /// Everything that changed from checkpoint `base` up to checkpoint `target`, on a disk of `size` bytes.
+    pub(super) fn union(&self, base: Uuid, target: Uuid, size: u64) -> Result<Union> {
+        // Holding the directory keeps the areas that it names.
+        let directory = self.directory();
+        let (from, to) = span(&directory, base, target)?;
+        union_of(self, &directory.checkpoints[from..to], size)
+    }
+
+    /// A merged copy of two neighbouring checkpoints' bitmaps, for the older one.
+    pub(super) fn merged(&self, older: &CheckpointEntry, newer: &CheckpointEntry, size: u64) -> Result<Union> {
+        union_of(self, &[older.clone(), newer.clone()], size)
+    }
+
+    /// Bytes marked since a checkpoint, until the next one.
+    pub(super) fn dirty_bytes(&self, checkpoint: &CheckpointEntry) -> u64 {
+        let entry = &checkpoint.bitmap;
+        let recording = self.recording.load();
+        let marked = recording.iter().find(|recording| recording.uuid == entry.uuid);
+        let bytes = marked.map_or(entry.dirty, |recording| recording.bitmap.count_bytes());
+        if entry.everything.is_some() { entry.size } else { bytes.min(entry.size) }
+    }
+}
+
+fn union_of(tracking: &Tracking, checkpoints: &[CheckpointEntry], size: u64) -> Result<Union> {
+    let granularity =
+        checkpoints.iter().map(|c| c.bitmap.granularity).min().unwrap_or(crate::units::DEFAULT_GRANULARITY);
+    let bitmap = DirtyBitmap::heap(granularity, size)?;
+    let mut everything = None;
+    for checkpoint in checkpoints {
+        match tracking.load(&checkpoint.bitmap) {
+            Ok(part) => {
+                bitmap.merge_from(&part);
+                if part.size() < size {
+                    // The area past the recorded size is not known to be unchanged.
+                    bitmap.mark(part.size(), size - part.size());
+                }
+            }
+            Err(reason) => {
+                bitmap.mark_all();
+                everything.get_or_insert(reason);
+            }
+        }
+    }
+    Ok(Union { bitmap, everything })
+}
+
+fn copy_of(bitmap: &DirtyBitmap) -> Result<DirtyBitmap> {
+    let copy = DirtyBitmap::heap(bitmap.granularity(), bitmap.size())?;
+    copy.merge_from(bitmap);
+    Ok(copy)
+}
+
+/// The indices of `base` and `target` in the chain of checkpoints.
+fn span(directory: &Directory, base: Uuid, target: Uuid) -> Result<(usize, usize)> {
+    let find = |uuid: Uuid| directory.checkpoints.iter().position(|checkpoint| checkpoint.uuid == uuid);
+    match (find(base), find(target)) {
+        (Some(from), Some(to)) if from < to => Ok((from, to)),
+        _ => Err(Error::new(errno::ENOENT, format!("checkpoint {base}"), "not an earlier point of this view")
+            .hint("list the known points with `fleecefs checkpoint list`")),
+    }
+}
+
+/// The directory entry of a bitmap that records.
+pub(super) fn recording_entry(recording: &Recording) -> BitmapEntry {
+    BitmapEntry {
+        uuid: recording.uuid,
+        granularity: recording.bitmap.granularity(),
+        size: recording.bitmap.size(),
+        area: None,
+        crc: None,
+        everything: None,
+        dirty: 0,
+    }
+}
+
+/// The checkpoint that records now, if there is one.
+pub(super) fn recording_checkpoint(directory: &Directory) -> Option<&CheckpointEntry> {
+    directory.checkpoints.last().filter(|checkpoint| checkpoint.state == CheckpointState::Recording)
+}

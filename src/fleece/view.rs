@@ -1,0 +1,345 @@
+//! The frozen view of one disk.
+//!
+//! I3: a view never blocks the guest and takes no lock. For every question: where a layer from its own on has the
+//! chunk, ask that layer's store; else ask the image, then (after a full fence) look at the states again, in the chain
+//! as it is by then. Still clear: the answer is frozen truth, be it data, a hole or an error. Set: ask the store.
+//! Whether the view is broken or the range released is looked at last, so that an answer that went out was right.
+
+use super::chain::{Chain, Source};
+use super::disk::Disk;
+use super::layer::Layer;
+use super::map::ViewMap;
+use super::store::{Piece, read_pieces};
+use crate::bitmap::LayerEntry;
+use crate::error::{Error, Result, errno};
+use crate::storage::BlockStatus;
+use crate::sync::full_fence;
+use crate::units::{MAX_GATE_BYTES, round_down, round_up};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Most bytes that one question for the block status looks at: it bounds the walk over the states.
+const MAX_STATUS_BYTES: u64 = 256 << 20;
+
+/// A checkpoint by name and identity.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Point {
+    /// The name that the user gave.
+    pub name: String,
+    /// The identity: names can be used again, identities can't.
+    pub uuid: Uuid,
+}
+
+/// The frozen view of one disk. See the module.
+#[derive(Debug)]
+pub struct View {
+    pub(super) disk: Arc<Disk>,
+    pub(super) layer: Arc<Layer>,
+    pub(super) snapshot: Uuid,
+    checkpoint: Point,
+    reference: Option<Point>,
+    full_reason: Option<String>,
+    time_ns: i64,
+    zeros: super::zeros::Zeros,
+}
+
+impl View {
+    /// The view that a directory entry describes. None where the entry has no snapshot.
+    pub(super) fn new(disk: Arc<Disk>, layer: Arc<Layer>, entry: &LayerEntry) -> Option<View> {
+        let snapshot = entry.snapshot.as_ref()?;
+        let directory = disk.tracking.directory();
+        let name_of = |uuid: Uuid| directory.checkpoints.iter().find(|c| c.uuid == uuid).map(|c| c.name.clone());
+        let reference = snapshot.reference.and_then(|uuid| Some(Point { name: name_of(uuid)?, uuid }));
+        let zeros = super::zeros::Zeros::new(disk.store_io.clone(), layer.uuid);
+        Some(View {
+            checkpoint: Point { name: snapshot.name.clone(), uuid: snapshot.checkpoint },
+            reference,
+            full_reason: snapshot.full_reason.clone(),
+            snapshot: snapshot.uuid,
+            time_ns: snapshot.time_ns,
+            zeros,
+            disk,
+            layer,
+        })
+    }
+
+    /// The disk's name.
+    pub fn disk_name(&self) -> &str {
+        self.disk.name()
+    }
+
+    /// The disk's identity.
+    pub fn disk_uuid(&self) -> Uuid {
+        self.disk.uuid()
+    }
+
+    /// The image's file.
+    pub fn image_path(&self) -> &Path {
+        self.disk.image_path()
+    }
+
+    /// The snapshot's identity.
+    pub fn snapshot_uuid(&self) -> Uuid {
+        self.snapshot
+    }
+
+    /// Size of the disk at the instant, in bytes.
+    pub fn size(&self) -> u64 {
+        self.layer.size
+    }
+
+    /// The instant, in nanoseconds since the epoch.
+    pub fn time_ns(&self) -> i64 {
+        self.time_ns
+    }
+
+    /// The checkpoint that was made with this view.
+    pub fn checkpoint(&self) -> Point {
+        self.checkpoint.clone()
+    }
+
+    /// The reference point of the view's own map; None: everything counts as changed, see [`View::full_reason`].
+    pub fn reference(&self) -> Option<Point> {
+        self.reference.clone()
+    }
+
+    /// Why the view's own map says that everything changed, where it does so from the start.
+    pub fn full_reason(&self) -> Option<String> {
+        self.full_reason.clone()
+    }
+
+    /// Earlier points from which changes are known, oldest first.
+    pub fn since(&self) -> Vec<Point> {
+        let directory = self.disk.tracking.directory();
+        let own = directory.checkpoints.iter().position(|checkpoint| checkpoint.uuid == self.checkpoint.uuid);
+        directory.checkpoints[..own.unwrap_or(0)]
+            .iter()
+            .map(|checkpoint| Point { name: checkpoint.name.clone(), uuid: checkpoint.uuid })
+            .collect()
+    }
+
+    /// What changed from `base` (None: everything) to this view. ENOENT for a point that is not known.
+    pub fn map(self: &Arc<Self>, base: Option<Uuid>) -> Result<Arc<ViewMap>> {
+        ViewMap::new(self.clone(), base).map(Arc::new)
+    }
+
+    /// Why the view can no longer be read, if so.
+    pub fn broken(&self) -> Option<String> {
+        self.disk.chain.load().broken(self.layer.seq)
+    }
+
+    /// Bytes that the store of this view's layer takes.
+    pub fn store_bytes(&self) -> u64 {
+        self.layer.store.bytes()
+    }
+
+    /// Reads at most up to the end of the view; returns the count.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let len = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let Some(buf) = buf.get_mut(..len) else { return Ok(0) };
+        if len == 0 {
+            return Ok(0);
+        }
+        self.disk.counters.view_read(len);
+        let answer = self.read_unchecked(buf, offset);
+        self.check_last(offset, len as u64)?;
+        answer.map(|()| len)
+    }
+
+    /// Reads without the last look at `broken` and `released`.
+    fn read_unchecked(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let chunks = self.layer.chunks_of(offset, buf.len() as u64);
+        let mut pieces = Vec::new();
+        let mut lost = None;
+        let mut at = chunks.start;
+        while at < chunks.end {
+            // Anew each time: what made an answer void may stand in a layer that an older chain does not have.
+            let chain = self.disk.chain.load();
+            let (source, run_end) = chain.source(self.layer.seq, at..chunks.end);
+            let bytes = self.cut(at..run_end, offset..end);
+            let into = (bytes.start - offset) as usize..(bytes.end - offset) as usize;
+            at = match source {
+                Source::Layer(layer) => {
+                    lost = lost.or_else(|| layer.first_lost(&(at..run_end)));
+                    pieces.push(Piece { layer, offset: bytes.start, at: into.start, len: into.len() });
+                    run_end
+                }
+                Source::Image => self.read_image(&mut buf[into], bytes.start, at..run_end)?,
+            };
+        }
+        if let Some(chunk) = lost {
+            return Err(self.lost(chunk));
+        }
+        read_pieces(pieces, buf)
+    }
+
+    /// Asks the image, then looks again (I3). Returns the chunk from which the answer is void and must be asked for
+    /// anew: the end of `chunks` where all of it stands.
+    fn read_image(&self, buf: &mut [u8], offset: u64, chunks: Range<u64>) -> Result<u64> {
+        let answer = self.disk.image().read_at(buf, offset);
+        full_fence();
+        let void = self.disk.chain.load().first_set(self.layer.seq, chunks.clone());
+        if let Some(first) = void {
+            self.disk.counters.view_retries.add(1);
+            if first > chunks.start && answer.is_err() {
+                // The error may belong to the part that was overwritten: ask for the rest alone.
+                let keep = (first * self.layer.chunk - offset) as usize;
+                return self.read_image(&mut buf[..keep], offset, chunks.start..first);
+            }
+            return Ok(first);
+        }
+        answer.map(|()| chunks.end)
+    }
+
+    /// Whether a run of the view is known to read as zeros, for at most `len` bytes. Lost and released chunks are not:
+    /// who copies the view must come upon their error. EIO where the view is broken.
+    pub fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let len = len.min(self.size().saturating_sub(offset)).min(MAX_STATUS_BYTES);
+        if len == 0 {
+            return Ok(BlockStatus { len: 0, zero: true });
+        }
+        let chunks = self.layer.chunks_of(offset, len);
+        loop {
+            let chain = self.disk.chain.load();
+            let (source, run_end) = chain.source(self.layer.seq, chunks.clone());
+            let bytes = self.cut(chunks.start..run_end, offset..offset + len);
+            let mut status = match &source {
+                Source::Layer(layer) => layer.store.block_status(bytes.start, bytes.end - bytes.start)?,
+                Source::Image => match self.image_status(&bytes, chunks.start..run_end)? {
+                    Some(status) => status,
+                    None => continue,
+                },
+            };
+            status.len = status.len.min(bytes.end - bytes.start);
+            full_fence();
+            self.check_whole(&self.disk.chain.load(), offset)?;
+            let lost = match &source {
+                Source::Layer(layer) => layer.first_lost(&self.layer.chunks_of(offset, status.len)),
+                Source::Image => None,
+            };
+            let released = self.layer.first_released(self.layer.chunks_of(offset, status.len));
+            return Ok(match lost.into_iter().chain(released).min() {
+                Some(first) if first == chunks.start => BlockStatus {
+                    len: status.len.min(self.layer.bytes_of(&(first..first + 1)).end - offset),
+                    zero: false,
+                },
+                Some(first) => BlockStatus { len: first * self.layer.chunk - offset, ..status },
+                None => status,
+            });
+        }
+    }
+
+    /// Asks the image for the status of a run, then looks again (I3). None: the first chunk's answer is void.
+    fn image_status(&self, bytes: &Range<u64>, chunks: Range<u64>) -> Result<Option<BlockStatus>> {
+        let answer = self.disk.image().block_status(bytes.start, bytes.end - bytes.start);
+        full_fence();
+        let void = self.disk.chain.load().first_set(self.layer.seq, chunks.clone());
+        match (void, answer) {
+            (Some(first), _) if first == chunks.start => {
+                self.disk.counters.view_retries.add(1);
+                Ok(None)
+            }
+            // The error may belong to the part that was overwritten.
+            (Some(_), Err(_)) => Ok(None),
+            (None, Err(e)) => Err(e),
+            (Some(first), Ok(status)) => {
+                let len = status.len.min(first * self.layer.chunk - bytes.start);
+                Ok(Some(BlockStatus { len, ..status }))
+            }
+            (None, Ok(status)) => Ok(Some(status)),
+        }
+    }
+
+    /// The bytes of `chunks` inside `within`.
+    fn cut(&self, chunks: Range<u64>, within: Range<u64>) -> Range<u64> {
+        let bytes = self.layer.bytes_of(&chunks);
+        bytes.start.max(within.start)..bytes.end.min(within.end)
+    }
+
+    /// `broken` and `released`, looked at after the answer was got (I3).
+    fn check_last(&self, offset: u64, len: u64) -> Result<()> {
+        full_fence();
+        self.check_whole(&self.disk.chain.load(), offset)?;
+        if self.layer.first_released(self.layer.chunks_of(offset, len)).is_some() {
+            return Err(self.error(offset, "the range was released".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Whether the layers that the view looks through are all there and can be believed.
+    fn check_whole(&self, chain: &Chain, offset: u64) -> Result<()> {
+        let seen = chain.seen_from(self.layer.seq);
+        if !seen.first().is_some_and(|layer| Arc::ptr_eq(layer, &self.layer)) {
+            // It was dropped while somebody without an open file looked at it: the rest would be the live disk.
+            let what = format!("snapshot '{}', disk '{}'", self.checkpoint.name, self.disk.name());
+            return Err(Error::new(errno::ESTALE, what, "it was dropped").at_offset(offset));
+        }
+        if seen.iter().any(|layer| layer.is_broken()) {
+            let reason = chain.broken(self.layer.seq).unwrap_or_default();
+            return Err(self
+                .error(offset, format!("the view is broken: {reason}"))
+                .hint("cancel the snapshot and take a new one; no change is forgotten"));
+        }
+        Ok(())
+    }
+
+    fn lost(&self, chunk: u64) -> Error {
+        self.error(chunk * self.layer.chunk, "the image could not be read when the guest overwrote it".to_owned())
+    }
+
+    fn error(&self, offset: u64, why: String) -> Error {
+        let what = format!("snapshot '{}', disk '{}'", self.checkpoint.name, self.disk.name());
+        Error::new(errno::EIO, what, why).at_offset(offset)
+    }
+
+    /// 'I have read this': the whole chunks inside the range give their store space back, and the guest no longer pays
+    /// for them; reads of them fail from now on.
+    pub fn release(&self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len).min(self.size());
+        let start = round_up(offset.min(end), self.layer.chunk);
+        // The last chunk of a disk of odd size is whole when the range reaches the end.
+        let end = if end == self.size() { end } else { round_down(end, self.layer.chunk) };
+        let mut at = start;
+        while at < end {
+            let piece = (end - at).min(MAX_GATE_BYTES);
+            self.release_piece(at, piece)?;
+            at += piece;
+        }
+        Ok(())
+    }
+
+    /// The mark is set under the stripes, so that a first writer either sees it and spares its copy, or has set the
+    /// state, and the copy is punched here. Punched later than the mark: nobody reads what no view needs.
+    fn release_piece(&self, offset: u64, len: u64) -> Result<()> {
+        let chunks = self.layer.chunks_of(offset, len);
+        {
+            let _claim = self.disk.stripes.claim(offset, len);
+            self.layer.set_released(&*self.disk.tracking.shm, chunks.clone())?;
+        }
+        let chain = self.disk.chain.load();
+        for layer in chain.seen_from(self.layer.seq) {
+            self.punch(&chain, layer, chunks.clone());
+        }
+        Ok(())
+    }
+
+    fn punch(&self, chain: &Chain, layer: &Layer, chunks: Range<u64>) {
+        let free = |chunk: u64| layer.is_set(chunk) && !chain.needed(layer.seq, chunk);
+        let mut at = chunks.start;
+        while at < chunks.end {
+            let Some(start) = (at..chunks.end).find(|&chunk| free(chunk)) else { return };
+            let end = (start..chunks.end).find(|&chunk| !free(chunk)).unwrap_or(chunks.end);
+            let bytes = layer.bytes_of(&(start..end));
+            layer.store.punch(bytes.start, bytes.end - bytes.start);
+            at = end;
+        }
+    }
+
+    /// Runs of the view that are known to read as zeros; decided once, at the first question, and never changed.
+    pub(super) fn zeros(&self) -> Result<Arc<super::zeros::ZeroMap>> {
+        self.zeros.get(self)
+    }
+}

@@ -1,0 +1,69 @@
+//! Images: what a guest's disk lies in.
+//!
+//! [`Image`] is the trait that the core drives; [`raw`] is the first format.
+
+use crate::error::Result;
+use crate::storage::{BlockStatus, Stamp};
+use std::fmt::Debug;
+use std::path::Path;
+
+pub mod raw;
+
+/// Formats by the names that QEMU gives them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes of the disk, nothing else.
+    Raw,
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Format::Raw => f.write_str("raw"),
+        }
+    }
+}
+
+/// How the host's page cache is used (QEMU's `cache=` of the same names).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// Through the page cache; durable at flush.
+    #[default]
+    Writeback,
+    /// O_DIRECT, past the page cache; durable at flush.
+    None,
+}
+
+/// A disk image, driven by many threads at once.
+///
+/// Preconditions of every range: `offset + len <= size()`; the core has checked. Only `fleece::Disk` calls the
+/// functions that change the image. Postconditions: when a changing call returns `Ok`, later reads by anybody see it,
+/// and a kill of this process does not undo it; only `flush` makes it durable against power loss. When it returns an
+/// error, the range holds old or new bytes, each byte one or the other.
+pub trait Image: Send + Sync + Debug {
+    /// Size of the disk in bytes.
+    fn size(&self) -> u64;
+    /// Fills `buf` from `offset`.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+    /// Writes all of `buf` at `offset`. Byte-granular whatever lies below; disjoint writes never lose each other's bytes.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+    /// Makes a range read as zeros, allocated where the format can (`discard` false), or freed (`discard` true).
+    fn write_zeroes(&self, offset: u64, len: u64, discard: bool) -> Result<()>;
+    /// Makes all completed changes durable.
+    fn flush(&self) -> Result<()>;
+    /// Grows or shrinks the disk; new bytes read as zeros. The caller keeps all other I/O away from a cut-off range.
+    fn resize(&self, size: u64) -> Result<()>;
+    /// Whether a run at `offset` is known to read as zeros, for at most `len` bytes.
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus>;
+    /// What a foreign writer would change.
+    fn stamp(&self) -> Result<Stamp>;
+    /// The format.
+    fn format(&self) -> Format;
+    /// The file, for messages and the manifest.
+    fn path(&self) -> &Path;
+    /// True where the image was opened for reading only.
+    fn read_only(&self) -> bool;
+    /// Whether the medium is a block device: foreign writers leave no time stamp there.
+    fn is_block_device(&self) -> bool;
+}

@@ -1,0 +1,55 @@
+//! Checkpoints and the consumers that point at them.
+
+use super::Command;
+use crate::qmp::args::Arguments;
+use crate::qmp::{CommandResult, Host};
+use serde_json::json;
+
+pub(super) const COMMANDS: &[Command] = &[
+    Command::new("fleecefs-checkpoint-list", list),
+    Command::new("fleecefs-checkpoint-delete", delete),
+    Command::new("fleecefs-consumer-list", consumer_list),
+    Command::new("fleecefs-consumer-set", consumer_set),
+    Command::new("fleecefs-consumer-delete", consumer_delete),
+];
+
+fn list(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let disk = arguments.optional_string("disk")?;
+    arguments.finish()?;
+    let mut checkpoints = host.fleece().checkpoints();
+    if let Some(disk) = disk {
+        host.fleece().disk(&disk)?;
+        for checkpoint in &mut checkpoints {
+            checkpoint.disks.retain(|row| row.disk == disk);
+        }
+        checkpoints.retain(|checkpoint| !checkpoint.disks.is_empty());
+    }
+    Ok(json!(checkpoints))
+}
+
+fn delete(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    arguments.finish()?;
+    host.fleece().delete_checkpoint(&name)?;
+    Ok(json!({}))
+}
+
+fn consumer_list(host: &dyn Host, arguments: Arguments) -> CommandResult {
+    arguments.finish()?;
+    Ok(json!(host.fleece().consumers()))
+}
+
+fn consumer_set(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    let checkpoint = arguments.string("checkpoint")?;
+    arguments.finish()?;
+    host.fleece().set_consumer(&name, &checkpoint)?;
+    Ok(json!({}))
+}
+
+fn consumer_delete(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    arguments.finish()?;
+    host.fleece().delete_consumer(&name)?;
+    Ok(json!({}))
+}

@@ -1,0 +1,51 @@
+//! Disks: add, remove, resize.
+
+use super::Command;
+use crate::error::{Error, errno};
+use crate::fleece::DiskSpec;
+use crate::image::Format;
+use crate::qmp::args::Arguments;
+use crate::qmp::{CommandError, CommandResult, Host};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+pub(super) const COMMANDS: &[Command] = &[
+    Command::new("fleecefs-disk-add", add),
+    Command::new("fleecefs-disk-remove", remove),
+    Command::new("fleecefs-disk-resize", resize),
+];
+
+/// `file` must be absolute: the daemon's working directory is not the client's.
+fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let file = PathBuf::from(arguments.string("file")?);
+    let name = arguments.optional_string("name")?;
+    let format = arguments.optional_string("format")?.map(format_by_name).transpose()?;
+    let read_only = arguments.optional_bool("read-only")?.unwrap_or(false);
+    arguments.finish()?;
+    if !file.is_absolute() {
+        let e = Error::new(errno::EINVAL, format!("image '{}'", file.display()), "not an absolute path");
+        return Err(e.into());
+    }
+    let disk = host.add_disk(&DiskSpec { name, file, format, read_only })?;
+    Ok(json!({ "name": disk.name(), "uuid": disk.uuid(), "size": disk.size() }))
+}
+
+fn format_by_name(name: String) -> Result<Format, CommandError> {
+    let text = format!("Parameter 'format' does not accept value '{name}'");
+    serde_json::from_value(Value::String(name)).map_err(|_| CommandError::generic(text))
+}
+
+fn remove(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    arguments.finish()?;
+    host.fleece().remove_disk(&name)?;
+    Ok(json!({}))
+}
+
+fn resize(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    let size = arguments.uint("size")?;
+    arguments.finish()?;
+    host.fleece().resize_disk(&name, size)?;
+    Ok(json!({}))
+}

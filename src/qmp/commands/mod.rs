@@ -1,0 +1,57 @@
+//! The commands by name: one file per group, each with its own table, put together in [`GROUPS`].
+
+mod basic;
+mod checkpoint;
+mod disk;
+mod snapshot;
+
+use super::args::Arguments;
+use super::{CommandResult, Host};
+
+/// One command.
+#[derive(Debug)]
+pub struct Command {
+    /// The name in `execute`.
+    pub name: &'static str,
+    /// Takes the arguments (all of them, or refuses), acts, and gives the `return` member.
+    pub run: fn(&dyn Host, Arguments) -> CommandResult,
+    /// Done once the reply of a successful run is on its way.
+    pub after: Option<fn(&dyn Host)>,
+}
+
+impl Command {
+    const fn new(name: &'static str, run: fn(&dyn Host, Arguments) -> CommandResult) -> Command {
+        Command { name, run, after: None }
+    }
+
+    const fn with_after(mut self, after: fn(&dyn Host)) -> Command {
+        self.after = Some(after);
+        self
+    }
+}
+
+const GROUPS: &[&[Command]] = &[basic::COMMANDS, disk::COMMANDS, snapshot::COMMANDS, checkpoint::COMMANDS];
+
+/// All commands, group by group.
+pub fn all() -> impl Iterator<Item = &'static Command> {
+    GROUPS.iter().flat_map(|group| group.iter())
+}
+
+/// The command of that name.
+pub fn find(name: &str) -> Option<&'static Command> {
+    all().find(|command| command.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = all().map(|c| c.name).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

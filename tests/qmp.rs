@@ -1,0 +1,418 @@
+//! The control socket against the core: what a QMP client sees, over a real socket and real images.
+
+use fleecefs::error::Result;
+use fleecefs::fleece::{Disk, DiskSpec, Event, Fleece, Options, Snapshot, SnapshotRequest};
+use fleecefs::qmp::{Client, Events, Host, Listener, Server, server::MAX_CONNECTIONS};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+/// The daemon without FUSE and signals.
+struct TestHost {
+    fleece: Arc<Fleece>,
+    quits: Sender<()>,
+}
+
+impl Host for TestHost {
+    fn fleece(&self) -> &Fleece {
+        &self.fleece
+    }
+    fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
+        self.fleece.create_snapshot(request)
+    }
+    fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
+        self.fleece.add_disk(spec)
+    }
+    fn status(&self) -> Value {
+        json!({ "disks": self.fleece.disk_infos() })
+    }
+    fn quit(&self) {
+        self.quits.send(()).unwrap();
+    }
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    fleece: Arc<Fleece>,
+    events: Arc<Events>,
+    server: Option<Server>,
+    quits: Receiver<()>,
+}
+
+const DISK_BYTES: u64 = 1 << 20;
+
+impl Fixture {
+    fn new() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
+        let events = Arc::new(Events::default());
+        let (quits, quit) = channel();
+        let host = Arc::new(TestHost { fleece: fleece.clone(), quits });
+        let listener = Listener::bind(&dir.path().join("qmp")).unwrap();
+        let server = Server::start(listener, host, events.clone()).unwrap();
+        let fixture = Fixture { dir, fleece, events, server: Some(server), quits: quit };
+        let image = fixture.image("vda");
+        fixture.fleece.add_disk(&spec("vda", image)).unwrap();
+        fixture
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(format!("{name}.raw"));
+        std::fs::File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
+        path
+    }
+
+    fn raw(&self) -> Raw {
+        let stream = UnixStream::connect(self.dir.path().join("qmp")).unwrap();
+        Raw { lines: BufReader::new(stream.try_clone().unwrap()), stream }
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.dir.path().join("qmp")).unwrap()
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.finish();
+        }
+        let _ = self.fleece.close();
+    }
+}
+
+fn spec(name: &str, file: PathBuf) -> DiskSpec {
+    DiskSpec { name: Some(name.into()), file, format: None, read_only: false }
+}
+
+/// A connection on which every byte is ours.
+struct Raw {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Raw {
+    fn send(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    fn receive(&mut self) -> Value {
+        let mut line = String::new();
+        assert_ne!(self.lines.read_line(&mut line).unwrap(), 0, "connection closed");
+        assert!(line.ends_with("\r\n"));
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn ask(&mut self, text: &str) -> Value {
+        self.send(text);
+        self.receive()
+    }
+
+    fn negotiated(mut self) -> Raw {
+        assert!(self.receive()["QMP"].is_object());
+        assert_eq!(self.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
+        self
+    }
+
+    fn is_closed(&mut self) -> bool {
+        // A reset is an end, too: the server closes with input unread.
+        !matches!(self.lines.read(&mut [0]), Ok(count) if count > 0)
+    }
+}
+
+fn error(class: &str, desc: &str) -> Value {
+    json!({"error": {"class": class, "desc": desc}})
+}
+
+#[test]
+fn greeting_and_negotiation_are_qemus() {
+    let f = Fixture::new();
+    let mut c = f.raw();
+    let greeting = c.receive();
+    assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
+    assert_eq!(greeting["QMP"]["version"]["package"], concat!("fleecefs ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    let expecting = error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'");
+    assert_eq!(c.ask(r#"{"execute":"query-version"}"#), expecting);
+    assert_eq!(c.ask(r#"{"execute":"no-such"}"#), expecting);
+    assert_eq!(
+        c.ask(r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#),
+        error("GenericError", "Capability oob not available")
+    );
+    assert_eq!(
+        c.ask(r#"{"execute":"qmp_capabilities","arguments":{"enable":1}}"#),
+        error("GenericError", "Invalid parameter type for 'enable', expected: array")
+    );
+    assert_eq!(c.ask(r#"{"execute":"qmp_capabilities","id":[1,{}]}"#), json!({"return": {}, "id": [1, {}]}));
+    let mut again = error("CommandNotFound", "Capabilities negotiation is already complete, command ignored");
+    again["id"] = json!("x");
+    assert_eq!(c.ask(r#"{"execute":"qmp_capabilities","id":"x"}"#), again);
+}
+
+#[test]
+fn wrong_input_gets_qemus_texts_and_costs_nothing() {
+    let f = Fixture::new();
+    let mut c = f.raw().negotiated();
+    for (input, desc) in [
+        ("[1]", "QMP input must be a JSON object"),
+        ("42\n", "QMP input must be a JSON object"),
+        (r#"{"foo":1}"#, "QMP input member 'foo' is unexpected"),
+        ("{}", "QMP input lacks member 'execute'"),
+        (r#"{"execute":1}"#, "QMP input member 'execute' must be a string"),
+        (r#"{"execute":"query-version","arguments":[]}"#, "QMP input member 'arguments' must be an object"),
+        (r#"{"execute":"query-version","arguments":{"a":1}}"#, "Parameter 'a' is unexpected"),
+        (r#"{"execute":"fleecefs-snapshot-create"}"#, "Parameter 'name' is missing"),
+        (
+            r#"{"execute":"fleecefs-snapshot-create","arguments":{"name":1}}"#,
+            "Invalid parameter type for 'name', expected: string",
+        ),
+        (
+            r#"{"execute":"fleecefs-snapshot-create","arguments":{"name":"s","disks":["vda",1]}}"#,
+            "Invalid parameter type for 'disks[1]', expected: string",
+        ),
+        (r#"{"execute":"fleecefs-snapshot-create","arguments":{"name":"s","zoo":1}}"#, "Parameter 'zoo' is unexpected"),
+        (
+            r#"{"execute":"fleecefs-disk-resize","arguments":{"name":"vda","size":-1}}"#,
+            "Parameter 'size' expects uint64",
+        ),
+        (
+            r#"{"execute":"fleecefs-disk-add","arguments":{"file":"/x","format":"vhd"}}"#,
+            "Parameter 'format' does not accept value 'vhd'",
+        ),
+    ] {
+        assert_eq!(c.ask(input), error("GenericError", desc), "{input}");
+    }
+    assert_eq!(
+        c.ask(r#"{"execute":"foo","id":7}"#),
+        json!({"error": {"class": "CommandNotFound", "desc": "The command foo has not been found"}, "id": 7})
+    );
+    let parse = c.ask("{\"a\":}\n");
+    assert!(parse["error"]["desc"].as_str().unwrap().starts_with("JSON parse error, "), "{parse}");
+    assert!(f.fleece.snapshots().is_empty());
+    assert!(c.ask(r#"{"execute":"query-version"}"#)["return"]["qemu"].is_object());
+}
+
+#[test]
+fn commands_may_come_in_one_packet_or_in_many() {
+    let f = Fixture::new();
+    let mut c = f.raw().negotiated();
+    c.send(r#"{"execute":"query-status","id":1}{"execute":"query-status","id":2}  {"execute":"query-status","id":3}"#);
+    for id in 1..=3 {
+        let reply = c.receive();
+        assert_eq!(reply, json!({"return": {"running": true, "status": "running"}, "id": id}));
+    }
+    for piece in [r#"{"exec"#, r#"ute":"query-"#, r#"status"}"#] {
+        c.send(piece);
+    }
+    assert_eq!(c.receive()["return"]["running"], true);
+}
+
+#[test]
+fn a_client_that_only_sends_gets_its_replies() {
+    let f = Fixture::new();
+    let mut c = f.raw();
+    c.send(r#"{"execute":"qmp_capabilities"}{"execute":"query-status"}"#);
+    c.stream.shutdown(Shutdown::Write).unwrap();
+    let mut text = String::new();
+    c.lines.read_to_string(&mut text).unwrap();
+    assert_eq!(text.lines().count(), 3);
+    assert!(text.contains("running"));
+}
+
+#[test]
+fn input_past_the_limits_ends_that_connection_only() {
+    let f = Fixture::new();
+    let mut good = f.raw().negotiated();
+    for bad in ["[".repeat(200), format!("\"{}", "x".repeat(2 << 20))] {
+        let mut c = f.raw().negotiated();
+        // The server may close before it has read all of it.
+        let _ = c.stream.write_all(bad.as_bytes());
+        let mut text = String::new();
+        let _ = c.lines.read_line(&mut text);
+        assert!(text.is_empty() || text.contains("limit exceeded"), "{text}");
+        assert!(c.is_closed());
+    }
+    assert_eq!(good.ask(r#"{"execute":"query-status"}"#)["return"]["running"], true);
+}
+
+#[test]
+fn every_command_is_listed() {
+    let f = Fixture::new();
+    let list = f.client().execute("query-commands", json!({})).unwrap();
+    let names: Vec<_> = list.as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
+    for name in [
+        "qmp_capabilities",
+        "query-version",
+        "query-commands",
+        "query-status",
+        "quit",
+        "fleecefs-snapshot-create",
+        "fleecefs-snapshot-complete",
+        "fleecefs-snapshot-cancel",
+        "fleecefs-snapshot-release",
+        "fleecefs-snapshot-list",
+        "fleecefs-checkpoint-list",
+        "fleecefs-checkpoint-delete",
+        "fleecefs-consumer-list",
+        "fleecefs-consumer-set",
+        "fleecefs-consumer-delete",
+        "fleecefs-disk-add",
+        "fleecefs-disk-remove",
+        "fleecefs-disk-resize",
+        "fleecefs-status",
+    ] {
+        assert!(names.contains(&name), "{name}");
+    }
+}
+
+#[test]
+fn a_snapshot_lives_and_its_consumer_moves() {
+    let f = Fixture::new();
+    let mut c = f.client();
+    let manifest = c.execute("fleecefs-snapshot-create", json!({"name": "s1"})).unwrap();
+    assert_eq!(manifest["name"], "s1");
+    assert_eq!(manifest["disks"][0]["name"], "vda");
+    let list = c.execute("fleecefs-snapshot-list", json!({})).unwrap();
+    assert_eq!(list[0]["name"], "s1");
+    let twice = c.execute("fleecefs-snapshot-create", json!({"name": "s1"})).unwrap_err();
+    assert_eq!(twice.errno(), fleecefs::error::errno::EEXIST);
+    c.execute("fleecefs-snapshot-release", json!({"name": "s1", "disk": "vda", "offset": 0, "length": 65536})).unwrap();
+    c.execute("fleecefs-snapshot-complete", json!({"name": "s1", "consumer": "daily"})).unwrap();
+    assert_eq!(c.execute("fleecefs-snapshot-list", json!({})).unwrap(), json!([]));
+    let consumers = c.execute("fleecefs-consumer-list", json!({})).unwrap();
+    assert_eq!((&consumers[0]["name"], &consumers[0]["checkpoint"]), (&json!("daily"), &json!("s1")));
+    let checkpoints = c.execute("fleecefs-checkpoint-list", json!({"disk": "vda"})).unwrap();
+    assert_eq!(checkpoints[0]["name"], "s1");
+    assert_eq!(checkpoints[0]["disks"][0]["completed"], true);
+
+    let manifest =
+        c.execute("fleecefs-snapshot-create", json!({"name": "s2", "consumer": "daily", "disks": ["vda"]})).unwrap();
+    assert!(manifest["disks"][0]["reference"].to_string().contains("s1"), "{manifest}");
+    c.execute("fleecefs-snapshot-cancel", json!({"name": "s2"})).unwrap();
+    c.execute("fleecefs-consumer-set", json!({"name": "weekly", "checkpoint": "s1"})).unwrap();
+    c.execute("fleecefs-consumer-delete", json!({"name": "weekly"})).unwrap();
+    c.execute("fleecefs-consumer-delete", json!({"name": "daily"})).unwrap();
+    c.execute("fleecefs-checkpoint-delete", json!({"name": "s1"})).unwrap();
+}
+
+#[test]
+fn what_does_not_exist_is_enoent_with_a_class_of_its_own() {
+    let f = Fixture::new();
+    let mut raw = f.raw().negotiated();
+    let reply = raw.ask(r#"{"execute":"fleecefs-snapshot-cancel","arguments":{"name":"none"}}"#);
+    assert_eq!(reply["error"]["class"], "DeviceNotFound");
+    assert_eq!(reply["error"]["errno"], 2);
+    let mut c = f.client();
+    for (command, arguments) in [
+        ("fleecefs-snapshot-complete", json!({"name": "none"})),
+        ("fleecefs-snapshot-create", json!({"name": "s", "disks": ["none"]})),
+        ("fleecefs-checkpoint-delete", json!({"name": "none"})),
+        ("fleecefs-checkpoint-list", json!({"disk": "none"})),
+        ("fleecefs-consumer-delete", json!({"name": "none"})),
+        ("fleecefs-consumer-set", json!({"name": "c", "checkpoint": "none"})),
+        ("fleecefs-disk-remove", json!({"name": "none"})),
+        ("fleecefs-disk-resize", json!({"name": "none", "size": 1})),
+    ] {
+        assert_eq!(c.execute(command, arguments).unwrap_err().errno(), 2, "{command}");
+    }
+}
+
+#[test]
+fn disks_come_grow_and_go() {
+    let f = Fixture::new();
+    let image = f.image("vdb");
+    let mut c = f.client();
+    let relative = c.execute("fleecefs-disk-add", json!({"file": "vdb.raw"})).unwrap_err();
+    assert!(relative.to_string().contains("absolute"), "{relative}");
+    let added = c.execute("fleecefs-disk-add", json!({"file": image, "format": "raw"})).unwrap();
+    assert_eq!((&added["name"], &added["size"]), (&json!("vdb"), &json!(DISK_BYTES)));
+    c.execute("fleecefs-disk-resize", json!({"name": "vdb", "size": 2 * DISK_BYTES})).unwrap();
+    assert_eq!(f.fleece.disk("vdb").unwrap().size(), 2 * DISK_BYTES);
+    assert_eq!(c.execute("fleecefs-status", json!({})).unwrap()["disks"].as_array().unwrap().len(), 2);
+    c.execute("fleecefs-disk-remove", json!({"name": "vdb"})).unwrap();
+    assert_eq!(f.fleece.disks().len(), 1);
+}
+
+#[test]
+fn events_reach_every_negotiated_connection_and_no_other() {
+    let f = Fixture::new();
+    let mut fresh = f.raw();
+    fresh.receive();
+    let mut listeners = [f.raw().negotiated(), f.raw().negotiated()];
+    f.events.emit_core(&Event::ViewBroken { disk: "vda".into(), reason: "store full".into() });
+    for c in &mut listeners {
+        let event = c.receive();
+        assert_eq!(event["event"], "FLEECEFS_VIEW_BROKEN");
+        assert_eq!(event["data"], json!({"disk": "vda", "reason": "store full"}));
+        assert!(event["timestamp"]["seconds"].is_u64() && event["timestamp"]["microseconds"].is_u64());
+    }
+    // The next thing that it hears is its own reply.
+    assert_eq!(fresh.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
+}
+
+#[test]
+fn a_client_that_reads_no_events_holds_up_nobody() {
+    let f = Fixture::new();
+    let mut deaf = f.raw().negotiated();
+    let mut good = f.client();
+    let reason = "x".repeat(64 << 10);
+    for _ in 0..100 {
+        f.events.emit_core(&Event::TrackingLost { disk: "vda".into(), reason: reason.clone() });
+        // Reads its events as it waits for the reply.
+        good.execute("query-status", json!({})).unwrap();
+    }
+    let mut rest = Vec::new();
+    let _ = deaf.lines.read_to_end(&mut rest);
+    assert!(rest.len() < 100 * reason.len(), "the connection was to be given up");
+}
+
+#[test]
+fn one_connection_too_many_is_told_so() {
+    let f = Fixture::new();
+    let mut clients: Vec<_> = (0..MAX_CONNECTIONS).map(|_| f.raw().negotiated()).collect();
+    let refused = f.raw().receive();
+    assert!(refused["error"]["desc"].as_str().unwrap().starts_with("Too many connections"), "{refused}");
+    let mut gone = clients.pop().unwrap();
+    gone.stream.shutdown(Shutdown::Write).unwrap();
+    assert!(gone.is_closed());
+    // The slot is free once the server's threads have ended.
+    while f.raw().receive().get("QMP").is_none() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn quit_is_answered_first_and_the_end_is_told() {
+    let mut f = Fixture::new();
+    let mut c = f.raw().negotiated();
+    let mut other = f.raw().negotiated();
+    assert_eq!(c.ask(r#"{"execute":"quit","id":1}"#), json!({"return": {}, "id": 1}));
+    f.quits.recv().unwrap();
+    let server = f.server.take().unwrap();
+    f.events.emit("SHUTDOWN", &json!({"guest": false, "reason": "host-qmp-quit"}));
+    server.stop();
+    // No command is taken any more, while events still come.
+    let _ = other.stream.write_all(br#"{"execute":"fleecefs-snapshot-create","arguments":{"name":"late"}}"#);
+    f.events.emit("FLEECEFS_CLOSED", &json!({"error": null}));
+    server.finish();
+    for c in [&mut c, &mut other] {
+        assert_eq!(c.receive()["event"], "SHUTDOWN");
+        assert_eq!(c.receive()["event"], "FLEECEFS_CLOSED");
+        assert!(c.is_closed());
+    }
+    assert!(f.fleece.snapshots().is_empty());
+    assert!(!f.dir.path().join("qmp").exists());
+}
+
+#[test]
+fn a_failed_quit_ends_nothing() {
+    let f = Fixture::new();
+    let mut c = f.raw().negotiated();
+    c.ask(r#"{"execute":"quit","arguments":{"now":true}}"#);
+    assert_eq!(c.ask(r#"{"execute":"query-status"}"#)["return"]["running"], true);
+    assert!(f.quits.try_recv().is_err());
+}

@@ -21,7 +21,7 @@ mod logging;
 pub use images::{absolute, check_images, refuse_inside};
 
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Disk, DiskSpec, Event, Fleece, Options, Snapshot, SnapshotRequest};
+use crate::fleece::{Disk, DiskSpec, Fleece, Options, Snapshot, SnapshotRequest};
 use crate::fuse::control::Control;
 use crate::fuse::session::{self, MountOptions, Mounted};
 use crate::qmp::{Events, Host, Listener, Server};
@@ -142,7 +142,9 @@ fn serve(plan: &Plan, ready: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         }
         Err(e) => (Err(e), None),
     };
-    let closed = fleece.close().map_err(|e| e.context("save state"));
+    // What an earlier daemon left stays for the next attempt where the mount could not be made.
+    let closed = if stopped.is_some() { fleece.close() } else { fleece.close_unused() };
+    let closed = closed.map_err(|e| e.context("save state"));
     if let Err(e) = &closed {
         log::error!("{e}");
     }
@@ -172,29 +174,15 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
 fn open_disks(plan: &Plan, events: &Arc<Events>) -> Result<Arc<Fleece>> {
     let fleece = Fleece::new(plan.options.clone());
     let events = events.clone();
-    fleece.subscribe(Box::new(move |event| {
-        log_event(event);
-        events.emit_core(event);
-    }));
-    let opened = plan.disks.iter().try_for_each(|spec| fleece.add_disk(spec).map(drop));
+    fleece.subscribe(Box::new(move |event| events.emit_core(event)));
+    let opened = fleece.add_disks(&plan.disks);
     if let Err(e) = opened {
-        if let Err(second) = fleece.close() {
+        if let Err(second) = fleece.close_unused() {
             log::error!("{second}");
         }
         return Err(e);
     }
     Ok(fleece)
-}
-
-fn log_event(event: &Event) {
-    match event {
-        Event::ViewBroken { disk, reason } => log::error!("disk '{disk}': view broken: {reason}"),
-        Event::TrackingLost { disk, reason } => log::error!("disk '{disk}': tracking lost: {reason}"),
-        Event::StoreNearlyFull { disk, used, limit } => {
-            log::warn!("disk '{disk}': store nearly full: {used} of {limit} bytes");
-        }
-        Event::Recovered { disk, how } => log::warn!("disk '{disk}': recovered: {how}"),
-    }
 }
 
 /// A mount with its socket.

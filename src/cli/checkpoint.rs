@@ -96,7 +96,7 @@ impl ListArgs {
 }
 
 fn state(disk: &DiskRow) -> String {
-    let mut words = vec![if disk.completed { "completed".to_owned() } else { "open".to_owned() }];
+    let mut words = vec![if disk.completed { "completed".to_owned() } else { "not completed".to_owned() }];
     if disk.recording {
         words.push("recording".into());
     }
@@ -120,6 +120,6 @@ mod tests {
         row.completed = false;
         row.recording = false;
         row.everything = Some("foreign writer".into());
-        assert_eq!(state(&row), "open, everything counts as changed: foreign writer");
+        assert_eq!(state(&row), "not completed, everything counts as changed: foreign writer");
     }
 }

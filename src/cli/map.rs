@@ -35,8 +35,8 @@ pub struct MapArgs {
     /// The format
     #[arg(long, value_name = "FORMAT", value_parser = format_parser(), default_value = "text")]
     output: MapFormat,
-    /// Print sums only
-    #[arg(long, conflicts_with = "output")]
+    /// Print sums only, as text or json
+    #[arg(long)]
     totals: bool,
     /// As --output json; with --totals, the sums as JSON
     #[arg(long, conflicts_with = "output")]
@@ -148,8 +148,12 @@ impl MapArgs {
             let format = if self.json { MapFormat::Json } else { self.output };
             return MapFile::new(Arc::new(source), format, meta)?.write_to(&mut out);
         }
+        if !matches!(self.output, MapFormat::Text | MapFormat::Json) {
+            let why = format!("there are no sums in format '{}'", self.output.name());
+            return Err(Error::new(errno::EINVAL, "--totals", why).hint("use --output text or --output json"));
+        }
         let totals = Totals::of(&source)?;
-        if self.json {
+        if self.json || self.output == MapFormat::Json {
             return out.json(&totals);
         }
         let share = if totals.size == 0 { 0.0 } else { totals.dirty as f64 * 100.0 / totals.size as f64 };

@@ -17,6 +17,7 @@ impl Fleece {
     /// Deletes a checkpoint; its changes go to the one before it. EBUSY while a consumer or an open snapshot needs it.
     pub fn delete_checkpoint(&self, name: &str) -> Result<()> {
         let _control = self.control.lock();
+        self.settle()?;
         let mut found = Vec::new();
         for disk in self.disks() {
             let directory = disk.tracking.directory();
@@ -86,6 +87,7 @@ impl Fleece {
     pub fn set_consumer(&self, name: &str, checkpoint: &str) -> Result<()> {
         let _control = self.control.lock();
         check_name("consumer", name)?;
+        self.settle()?;
         let mut parts = Vec::new();
         for disk in self.disks() {
             let directory = disk.tracking.directory();
@@ -104,6 +106,7 @@ impl Fleece {
     /// Forgets a consumer. ENOENT for an unknown name.
     pub fn delete_consumer(&self, name: &str) -> Result<()> {
         let _control = self.control.lock();
+        self.settle()?;
         let knows = |directory: &Directory| directory.consumers.iter().any(|consumer| consumer.name == name);
         let disks: Vec<_> = self.disks().into_iter().filter(|disk| knows(&disk.tracking.directory())).collect();
         if disks.is_empty() {

@@ -4,7 +4,7 @@ use super::counters::{Counter, Counters};
 use super::disk::Disk;
 use super::events::{Event, Events};
 use super::place::{Environment, Place};
-use super::snapshot::Snapshot;
+use super::snapshot::{FailedSnapshot, Snapshot};
 use super::store::StoreSpace;
 use super::transaction::{self, Part};
 use super::view::View;
@@ -33,6 +33,8 @@ pub struct Fleece {
     space: Arc<StoreSpace>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
+    /// Snapshots that failed and could not be taken back yet.
+    pub(super) unsettled: Mutex<Vec<FailedSnapshot>>,
     /// What the recovery at mount found, for `problems`.
     pub(super) recovered: Mutex<Vec<String>>,
     reaper: Reaper,
@@ -87,6 +89,7 @@ impl Fleece {
             lingering: RwLock::new(Vec::new()),
             counters: Arc::new(Counters::default()),
             events: Arc::new(Events::default()),
+            unsettled: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
             reaper: Reaper(background.then_some(thread)),
         });
@@ -123,12 +126,20 @@ impl Fleece {
         }
     }
 
+    /// Opens several images, in name order: a change of several disks that a crash left undecided is settled by the
+    /// first disk in name order, which must be there when the others ask.
+    pub fn add_disks(&self, specs: &[DiskSpec]) -> Result<()> {
+        let mut named = specs
+            .iter()
+            .map(|spec| Ok(DiskSpec { name: Some(name_of(spec)?), ..spec.clone() }))
+            .collect::<Result<Vec<_>>>()?;
+        named.sort_by(|a, b| a.name.cmp(&b.name));
+        named.iter().try_for_each(|spec| self.add_disk(spec).map(drop))
+    }
+
     /// Opens an image, recovers its tracking state and serves it. EEXIST for a name in use, EBUSY for an image in use.
     pub fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
-        let name = match &spec.name {
-            Some(name) => name.clone(),
-            None => default_name(spec)?,
-        };
+        let name = name_of(spec)?;
         self.check_new_disk(&name)?;
         let image = crate::image::raw::RawImage::open(&spec.file, spec.read_only, self.options.cache)?;
         let image: Arc<dyn Image> = Arc::new(image);
@@ -270,7 +281,7 @@ impl Fleece {
     /// A snapshot by its identity, also one that was dropped and still has open files.
     pub fn snapshot_by_uuid(&self, uuid: Uuid) -> Option<Arc<Snapshot>> {
         let find = |list: &Vec<Arc<Snapshot>>| list.iter().find(|snapshot| snapshot.uuid() == uuid).cloned();
-        find(&self.snapshots.read()).or_else(|| find(&self.lingering.read()))
+        find(&self.snapshots.read()).or_else(|| find(&self.lingering.read()).filter(|snapshot| !snapshot.is_gone()))
     }
 
     /// 'I have read this': see [`View::release`].
@@ -296,6 +307,18 @@ impl Fleece {
         list
     }
 
+    /// Settles what failed half-way, before anything new is begun. An error: the state still cannot be written.
+    pub(super) fn settle(&self) -> Result<()> {
+        let mut unsettled = self.unsettled.lock();
+        while let Some(failed) = unsettled.first() {
+            failed.undo().map_err(|e| e.context("an earlier snapshot cannot be taken back"))?;
+            unsettled.remove(0);
+            self.reaper.wake();
+        }
+        let disks = self.disks();
+        disks.iter().try_for_each(|disk| transaction::settle(disk, &disks))
+    }
+
     /// Runs one change of several disks' directories.
     pub(super) fn transact(&self, parts: Vec<(Arc<Disk>, PreparedAction)>) -> Result<()> {
         let parts: Vec<Part> = parts.into_iter().map(|(disk, action)| Part { disk, action }).collect();
@@ -315,7 +338,7 @@ impl Fleece {
 
     fn close_all(&self, keep_views: bool) -> Result<()> {
         let _control = self.control.lock();
-        let mut first = Ok(());
+        let mut first = self.settle();
         for disk in self.disks() {
             if let Err(e) = disk.close(keep_views) {
                 log::error!("disk '{}': {e}", disk.name());
@@ -329,8 +352,11 @@ impl Fleece {
     }
 }
 
-/// The file's stem, where it is a valid disk name.
-fn default_name(spec: &DiskSpec) -> Result<String> {
-    let stem = spec.file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    check_disk_name(&stem).map(|()| stem)
+/// The name that was given, else the file's stem.
+fn name_of(spec: &DiskSpec) -> Result<String> {
+    let name = match &spec.name {
+        Some(name) => name.clone(),
+        None => spec.file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default(),
+    };
+    check_disk_name(&name).map(|()| name)
 }

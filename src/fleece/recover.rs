@@ -24,10 +24,12 @@ use super::counters::Counters;
 use super::disk::{Disk, DiskParts};
 use super::events::{Event, Events};
 use super::keep;
-use super::layer::Layer;
+use super::layer::{Layer, PARTS, word_name};
 use super::place::{Environment, Place};
 use super::store::{StoreIo, StoreSpace};
-use super::tracking::{CLOCK, Recording, Tracking, fine_name, recording_checkpoint, recording_entry};
+use super::tracking::{
+    CLOCK, CLOCK_INO, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry,
+};
 use super::transaction;
 use crate::bitmap::{
     BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, LayerEntry, PreparedAction, Sidecar, State, Superblock,
@@ -80,8 +82,9 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, place: Place, shared: Shar
     let state = opened.recover(&found).inspect_err(|_| {
         let _ = shm.remove_all();
     })?;
-    let clock = shm.create(CLOCK, 1)?;
+    let clock = shm.create(CLOCK, CLOCK_WORDS)?;
     clock[0].store(now_coarse_ns() as u64, Ordering::SeqCst);
+    clock[CLOCK_INO].store(image.stamp()?.ino, Ordering::SeqCst);
     let mut superblock = sidecar.superblock();
     let old_nonce = match &superblock.state {
         State::Open { nonce, .. } => Some(*nonce),
@@ -95,6 +98,9 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, place: Place, shared: Shar
         *directory = state.directory.clone();
         Ok(())
     })?;
+    for sealed in state.directory.checkpoints.iter().filter(|entry| entry.state != CheckpointState::Recording) {
+        shm.remove(&fine_name(sealed.bitmap.uuid))?;
+    }
     if let Some(old) = old_nonce.filter(|old| *old != nonce)
         && let Some(old) = root.find(&old.to_string())?
     {
@@ -210,6 +216,11 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<
             let Some(clock) = words.open(CLOCK)? else {
                 return Ok(Found::Lost("fleecefs was killed while it was opening the disk".to_owned()));
             };
+            if !image.is_block_device()
+                && clock.get(CLOCK_INO).map(|word| word.load(Ordering::SeqCst)) != Some(stamp.ino)
+            {
+                return Ok(Found::Lost("the state belongs to another image file".to_owned()));
+            }
             let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
             if !image.is_block_device() && stamp.ctime_ns > newest.saturating_add(CLOCK_SLACK_NS) {
                 return Ok(Found::Lost(
@@ -283,9 +294,12 @@ impl Opening<'_> {
             return Ok(None);
         }
         let PreparedAction::Snapshot { layer, checkpoint } = prepared.action else { return Ok(None) };
-        // It may have been published, and older views may look through it: it stays, hidden.
         directory.next_layer = directory.next_layer.max(layer.seq + 1);
-        directory.layers.push(LayerEntry { snapshot: None, ..layer });
+        if old.map(|old| old.open(&word_name(layer.uuid, PARTS[0]))).transpose()?.flatten().is_some() {
+            // It may have been published, and older views may look through it: it stays, hidden. Without words it never
+            // was.
+            directory.layers.push(LayerEntry { snapshot: None, ..layer });
+        }
         log::warn!(
             "disk '{}': snapshot '{}' was not finished before the crash; it is dropped",
             self.name,
@@ -297,7 +311,13 @@ impl Opening<'_> {
     /// The bitmap that a committed snapshot sealed, saved now.
     fn seal_old(&self, entry: &BitmapEntry, old: Option<&dyn Shm>) -> Result<BitmapEntry> {
         let bitmap = match old.map(|old| words_of(old, entry)).transpose()?.flatten() {
-            Some(bitmap) => bitmap,
+            // Until the directory says that it is sealed, a kill comes here again.
+            Some(bitmap) => {
+                let bits = bitmap.bits();
+                let words = self.shm.create(&fine_name(entry.uuid), Bits::words_for(bits.len()))?;
+                keep::fill(&words, bits.words().iter().map(|word| word.load(Ordering::SeqCst)));
+                bitmap
+            }
             None => {
                 let reason = "the host stopped while a snapshot was taken".to_owned();
                 return Ok(BitmapEntry { everything: Some(reason), ..entry.clone() });

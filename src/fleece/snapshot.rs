@@ -146,6 +146,28 @@ impl Snapshot {
     }
 }
 
+/// A snapshot that was frozen but could not be made durable. The coordinator's directory decides, so it goes first.
+/// Until a directory says durably that the snapshot is none, both its bitmaps record and the layer goes on preserving,
+/// so that whatever a recovery goes by is true.
+pub(super) struct FailedSnapshot {
+    transaction: Uuid,
+    checkpoint: Uuid,
+    taking: Vec<Taking>,
+    /// What was sealed for it: areas to give back.
+    sealed: Vec<Option<BitmapEntry>>,
+}
+
+impl FailedSnapshot {
+    /// Takes it back; may be repeated after an error.
+    pub(super) fn undo(&self) -> Result<()> {
+        self.taking.iter().try_for_each(|one| one.undo(self.transaction, self.checkpoint))?;
+        for (one, entry) in self.taking.iter().zip(&self.sealed) {
+            entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
+        }
+        Ok(())
+    }
+}
+
 /// One disk's part of a snapshot that is being taken.
 struct Taking {
     disk: Arc<Disk>,
@@ -163,6 +185,7 @@ impl Fleece {
     pub fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
         let _control = self.control.lock();
         check_name("snapshot", &request.name)?;
+        self.settle()?;
         self.check_name_free(&request.name)?;
         let disks = self.chosen_disks(&request.disks)?;
         let uuid = Uuid::new_v4();
@@ -177,35 +200,38 @@ impl Fleece {
                 }
             }
         }
-        self.take(request, uuid, time_ns, &taking).inspect(|snapshot| {
+        self.take(request, uuid, time_ns, taking).inspect(|snapshot| {
             log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
             self.counters.snapshots_taken.add(1);
             self.retain_checkpoints();
         })
     }
 
-    fn take(&self, request: &SnapshotRequest, uuid: Uuid, time_ns: i64, taking: &[Taking]) -> Result<Arc<Snapshot>> {
+    fn take(&self, request: &SnapshotRequest, uuid: Uuid, time_ns: i64, taking: Vec<Taking>) -> Result<Arc<Snapshot>> {
         let id = Uuid::new_v4();
         let parts: Vec<Part> = taking.iter().map(Taking::part).collect();
         if let Err(e) = transaction::prepare(id, &parts) {
             taking.iter().for_each(Taking::forget);
             return Err(e);
         }
-        self.freeze(taking);
+        self.freeze(&taking);
         let mut sealed = Vec::new();
         let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
         if let Err(e) = saved.and_then(|()| transaction::commit(id, &parts, |index| sealed[index].clone())) {
-            self.undo(id, uuid, taking);
-            for (one, entry) in taking.iter().zip(&sealed) {
-                entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
+            taking.iter().for_each(Taking::record_both);
+            let failed = FailedSnapshot { transaction: id, checkpoint: uuid, taking, sealed };
+            if let Err(second) = failed.undo() {
+                log::error!("{second}; tried again before the next change");
+                self.unsettled.lock().push(failed);
             }
+            self.reaper().wake();
             return Err(e.context(format!("snapshot '{}' was not taken", request.name)));
         }
         let views = taking
             .iter()
             .filter_map(|one| View::new(one.disk.clone(), one.layer.clone(), &one.layer_entry).map(Arc::new))
             .collect();
-        for one in taking {
+        for one in &taking {
             if let Some(old) = &one.old {
                 one.disk.tracking.forget_words(old.uuid);
             }
@@ -213,22 +239,6 @@ impl Fleece {
         let snapshot = Arc::new(Snapshot::new(request.name.clone(), uuid, time_ns, views, self.reaper()));
         self.snapshots.write().push(snapshot.clone());
         Ok(snapshot)
-    }
-
-    /// The freeze happened but could not be made durable. The coordinator's directory decides, so it goes first. Where a
-    /// directory cannot be written, both bitmaps record on and the layer goes on preserving, so that whatever a later
-    /// recovery goes by is true.
-    fn undo(&self, transaction: Uuid, checkpoint: Uuid, taking: &[Taking]) {
-        taking.iter().for_each(Taking::record_both);
-        for (index, one) in taking.iter().enumerate() {
-            if let Err(e) = one.undo(transaction, checkpoint) {
-                log::error!("disk '{}': a snapshot that failed cannot be taken back: {e}", one.disk.name());
-                if index == 0 {
-                    break;
-                }
-            }
-        }
-        self.reaper().wake();
     }
 
     /// I5: all gates, then memory only, then all gates open again.
@@ -285,6 +295,7 @@ impl Fleece {
             check_name("consumer", consumer)?;
         }
         let snapshot = self.snapshot(name)?;
+        self.settle()?;
         if let (Some(consumer), Some(reason)) = (consumer, snapshot.broken()) {
             return Err(Error::new(
                 errno::EIO,
@@ -307,6 +318,7 @@ impl Fleece {
     pub fn cancel_snapshot(&self, name: &str) -> Result<()> {
         let _control = self.control.lock();
         let snapshot = self.snapshot(name)?;
+        self.settle()?;
         let action = PreparedAction::Cancel { checkpoint: snapshot.uuid };
         transaction::run(&parts_of(&snapshot, &action))?;
         self.retire(&snapshot);

@@ -7,7 +7,8 @@
 //!   and dropped from memory. Changes from A to B are the union of the sealed bitmaps from A up to B.
 //!
 //! Words outside this process' heap (exact after kill -9), in the namespace of the superblock's nonce:
-//! `fine.BITMAP` the bits of a recording bitmap; `clock` one word, the time in nanoseconds of the newest image write.
+//! `fine.BITMAP` the bits of a recording bitmap; `clock` two words, the time in nanoseconds of the newest image write
+//! and the image's inode number.
 
 use crate::bitmap::{BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directory, DirtyBitmap, Sidecar};
 use crate::error::{Error, Result, errno};
@@ -18,8 +19,11 @@ use crate::sync::atomic::Ordering;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Name of the word that holds the time of the newest image write.
+/// Name of the words that hold the time of the newest image write and the image's inode number.
 pub(super) const CLOCK: &str = "clock";
+/// Count of those words, and which of them is the inode number.
+pub(super) const CLOCK_WORDS: usize = 2;
+pub(super) const CLOCK_INO: usize = 1;
 
 /// Name of the words of a recording bitmap.
 pub(super) fn fine_name(bitmap: Uuid) -> String {

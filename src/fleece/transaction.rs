@@ -2,7 +2,8 @@
 //!
 //! Each disk's directory first holds the change as *prepared*, with the transaction's id and the coordinator: the
 //! first disk in name order. Then the coordinator's directory makes the change and records the id as committed; that
-//! single durable write decides. Then the others follow. Recovery asks the coordinator: committed, the prepared change
+//! single durable write decides. Then the others follow; one that cannot be written stays pending and is settled before
+//! the next operation. Recovery asks the coordinator: committed, the prepared change
 //! is made; not, or coordinator not there, it is taken back. A change of one disk alone is one commit.
 
 use super::disk::Disk;
@@ -69,13 +70,38 @@ pub(super) fn commit(id: Uuid, parts: &[Part], sealed: impl Fn(usize) -> Option<
     Ok(())
 }
 
-/// All of a transaction that needs nothing between prepare and commit.
+/// All of a transaction that needs nothing between prepare and commit. An error means that nothing happened: once the
+/// coordinator has committed, a part that cannot be written is left to [`settle`].
 pub(super) fn run(parts: &[Part]) -> Result<()> {
     let id = Uuid::new_v4();
     if parts.len() > 1 {
         prepare(id, parts)?;
     }
-    commit(id, parts, |_| None)
+    let done = commit(id, parts, |_| None);
+    match (&done, parts.first()) {
+        (Err(e), Some(first)) if first.disk.tracking.directory().committed.contains(&id) => {
+            log::error!("disk '{}' and others: {e}; tried again before the next change", first.disk.name());
+            Ok(())
+        }
+        _ => done.inspect_err(|_| take_back(parts)),
+    }
+}
+
+/// Makes, or takes back, what an earlier transaction left prepared on a disk, going by its coordinator among `disks`.
+pub(super) fn settle(disk: &Disk, disks: &[Arc<Disk>]) -> Result<()> {
+    let directory = disk.tracking.directory();
+    let Some(prepared) = &directory.prepared else { return Ok(()) };
+    let coordinator = disks.iter().find(|other| other.uuid() == prepared.coordinator);
+    let committed =
+        coordinator.is_some_and(|other| other.tracking.directory().committed.contains(&prepared.transaction));
+    // A snapshot is taken back by who was taking it; one that was never published has left nothing to make.
+    let action =
+        Some(&prepared.action).filter(|action| committed && !matches!(action, PreparedAction::Snapshot { .. }));
+    disk.tracking.sidecar.commit(|directory| {
+        directory.prepared = None;
+        action.iter().for_each(|action| apply(directory, action, None));
+        Ok(())
+    })
 }
 
 fn remember(directory: &mut Directory, id: Uuid) {

@@ -36,7 +36,8 @@ impl Attr {
         let perm = match node {
             Node::Live(_) => mode & 0o666,
             Node::Status | Node::Metrics => 0o444,
-            Node::View { item: super::node::Item::Release, .. } => mode & 0o222,
+            // fallocate(1) opens what it punches for reading, too.
+            Node::View { item: super::node::Item::Release, .. } => mode & 0o666,
             _ => match node.kind() {
                 Kind::Directory => 0o755,
                 Kind::Symlink => 0o777,

@@ -91,7 +91,7 @@ impl Tree {
             }
             Node::View { snapshot, item, .. } => {
                 let release = item == Item::Release;
-                if release && access.read {
+                if release && !access.write {
                     return Err(Error::new(errno::EACCES, "release.raw", "can only be opened for writing"));
                 }
                 if !release && access.write {

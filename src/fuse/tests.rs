@@ -172,7 +172,7 @@ fn attributes_tell_sizes_permissions_and_how_long_they_hold() {
     assert_eq!(frozen.time_ns, mount.fleece.snapshot("one").unwrap().time_ns());
     assert!(frozen.blocks < frozen.size / 512, "cp and tar look for holes only then");
     let release = mount.attr("snapshots/one/vda/release.raw");
-    assert_eq!((release.size, release.perm), (DISK, 0o200));
+    assert_eq!((release.size, release.perm), (DISK, 0o640));
     assert_eq!(mount.attr("snapshots/one").perm, 0o755);
     assert_eq!(mount.attr("status.json").perm, 0o444);
     for path in ["status.json", "metrics", "snapshots/one/manifest.json", "snapshots/one/vda.map"] {

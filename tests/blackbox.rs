@@ -1,0 +1,35 @@
+//! One test per promise of the manual, driving the real program on real mounts.
+//!
+//! A test needs nothing but a directory of its own and the tools it names: a tool that is absent gives one `skip` line,
+//! or a failure where `FLEECEFS_REQUIRE_TOOLS` is set. `FLEECEFS_FULL` asks for the full sizes.
+
+#[path = "blackbox/harness.rs"]
+#[macro_use]
+mod harness;
+
+#[path = "blackbox/consumers.rs"]
+mod consumers;
+#[path = "blackbox/crash.rs"]
+mod crash;
+#[path = "blackbox/faults.rs"]
+mod faults;
+#[path = "blackbox/formats.rs"]
+mod formats;
+#[path = "blackbox/live.rs"]
+mod live;
+#[path = "blackbox/loops.rs"]
+mod loops;
+#[path = "blackbox/maps.rs"]
+mod maps;
+#[path = "blackbox/mounting.rs"]
+mod mounting;
+#[path = "blackbox/qmp.rs"]
+mod qmp;
+#[path = "blackbox/snapshots.rs"]
+mod snapshots;
+#[path = "blackbox/sparse.rs"]
+mod sparse;
+#[path = "blackbox/stress.rs"]
+mod stress;
+#[path = "blackbox/tree.rs"]
+mod tree;

@@ -3,7 +3,7 @@
 //!
 //! Lock ranks, taken in this order only (a lock is never waited for while one further down is held):
 //! 1. control (one snapshot, checkpoint or consumer operation at a time)
-//! 2. a disk's `closed` (folding and closing)
+//! 2. a disk's `reaping` (folding and closing)
 //! 3. gates of disks, in name order
 //! 4. a disk's stripes, in index order
 //! 5. chain edit, sidecar directory

@@ -4,12 +4,13 @@ use fleecefs::error::Result;
 use fleecefs::fleece::{Disk, DiskSpec, Event, Fleece, Options, Snapshot, SnapshotRequest};
 use fleecefs::qmp::{Client, Events, Host, Listener, Server, server::MAX_CONNECTIONS};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 /// The daemon without FUSE and signals.
 struct TestHost {
@@ -44,6 +45,8 @@ struct Fixture {
 }
 
 const DISK_BYTES: u64 = 1 << 20;
+/// So that a test fails and does not hang where an answer never comes.
+const NEVER: Duration = Duration::from_secs(60);
 
 impl Fixture {
     fn new() -> Fixture {
@@ -68,6 +71,7 @@ impl Fixture {
 
     fn raw(&self) -> Raw {
         let stream = UnixStream::connect(self.dir.path().join("qmp")).unwrap();
+        stream.set_read_timeout(Some(NEVER)).unwrap();
         Raw { lines: BufReader::new(stream.try_clone().unwrap()), stream }
     }
 
@@ -120,7 +124,10 @@ impl Raw {
 
     fn is_closed(&mut self) -> bool {
         // A reset is an end, too: the server closes with input unread.
-        !matches!(self.lines.read(&mut [0]), Ok(count) if count > 0)
+        match self.lines.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(e) => e.kind() != ErrorKind::WouldBlock,
+        }
     }
 }
 
@@ -357,7 +364,7 @@ fn events_reach_every_negotiated_connection_and_no_other() {
 #[test]
 fn a_client_that_reads_no_events_holds_up_nobody() {
     let f = Fixture::new();
-    let mut deaf = f.raw().negotiated();
+    let deaf = f.raw().negotiated();
     let mut good = f.client();
     let reason = "x".repeat(64 << 10);
     for _ in 0..100 {
@@ -366,8 +373,9 @@ fn a_client_that_reads_no_events_holds_up_nobody() {
         good.execute("query-status", json!({})).unwrap();
     }
     let mut rest = Vec::new();
-    let _ = deaf.lines.read_to_end(&mut rest);
-    assert!(rest.len() < 100 * reason.len(), "the connection was to be given up");
+    let all_bytes = 100 * reason.len() as u64;
+    let _ = deaf.lines.take(all_bytes).read_to_end(&mut rest);
+    assert!((rest.len() as u64) < all_bytes, "the connection was to be given up");
 }
 
 #[test]
@@ -391,7 +399,7 @@ fn quit_is_answered_first_and_the_end_is_told() {
     let mut c = f.raw().negotiated();
     let mut other = f.raw().negotiated();
     assert_eq!(c.ask(r#"{"execute":"quit","id":1}"#), json!({"return": {}, "id": 1}));
-    f.quits.recv().unwrap();
+    f.quits.recv_timeout(NEVER).unwrap();
     let server = f.server.take().unwrap();
     f.events.emit("SHUTDOWN", &json!({"guest": false, "reason": "host-qmp-quit"}));
     server.stop();

@@ -58,7 +58,7 @@ fn not_a_mount(path: &Path) -> Error {
 
 /// Why `status.json` could not be read.
 fn no_answer(path: &Path, e: io::Error) -> Error {
-    if e.raw_os_error() == Some(errno::ENOTCONN) {
+    if crate::storage::process::is_dead_mount(&e) {
         return Error::new(errno::ENOTCONN, path.display().to_string(), "the mount is dead: its daemon has ended")
             .hint(format!("detach it with `fleecefs umount {0}`, or mount again over it", path.display()));
     }

@@ -137,6 +137,10 @@ impl MapArgs {
         };
         self.print(source, &meta)?;
         let Some(reason) = &base.full_reason else { return Ok(Exit::Done) };
+        if self.since.is_none() && disk.reference.is_none() {
+            // Nobody asked for a base: the first backup of a disk is a full one.
+            return Ok(Exit::Done);
+        }
         let since = self.since.as_ref().map_or(String::new(), |since| format!(" since '{}'", printable(since)));
         complain(&format!("fleecefs: disk '{}'{since}: everything counts as changed: {reason}", disk.name));
         Ok(Exit::Full)

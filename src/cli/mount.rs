@@ -209,7 +209,7 @@ fn checked_mountpoint(path: &Path) -> Result<PathBuf> {
         Ok(metadata) if !metadata.is_dir() => Err(Error::new(errno::ENOTDIR, "mount point", "not a directory")
             .at_path(path)
             .hint("images come first and the mount point last: fleecefs mount [NAME=]IMAGE... MNT")),
-        Err(e) if e.raw_os_error() != Some(errno::ENOTCONN) => {
+        Err(e) if !process::is_dead_mount(&e) => {
             Err(Error::io("mount point", e).at_path(path).hint("create it with mkdir"))
         }
         _ => absolute(path),

@@ -51,8 +51,10 @@ pub struct Disk {
     /// Held while a new chain is made from the old one and published (lock rank 5).
     pub(super) chain_edit: Mutex<()>,
     pub(super) stripes: Stripes,
-    /// Held while layers are folded and removed, and while the disk is closed; true once it is (lock rank 2).
-    pub(super) closed: Mutex<bool>,
+    /// Held while layers are folded and removed, and while the disk is closed (lock rank 2).
+    pub(super) reaping: Mutex<()>,
+    /// Set while the gate is held exclusively: what was saved must not change any more.
+    pub(super) closed: AtomicBool,
     pub(super) tracking: Tracking,
     pub(super) state: Arc<dyn Dir>,
     pub(super) store_io: Arc<StoreIo>,
@@ -93,7 +95,8 @@ impl Disk {
             chain: Published::new(parts.chain),
             chain_edit: Mutex::new(()),
             stripes: Stripes::new(),
-            closed: Mutex::new(false),
+            reaping: Mutex::new(()),
+            closed: AtomicBool::new(false),
             tracking: parts.tracking,
             state: parts.state,
             store_io: parts.store_io,
@@ -221,6 +224,7 @@ impl Disk {
             let piece = if status.zero { status.len.max(1) } else { gate_piece(at, end).min(status.len.max(1)) };
             if status.zero {
                 let _gate = self.gate.read();
+                self.check_open()?;
                 self.tracking.mark(at, piece);
             } else {
                 self.mutate(at, piece, true, || self.image.write_zeroes(at, piece, true))?;
@@ -275,6 +279,7 @@ impl Disk {
     /// zeros already needs no copy.
     fn mutate(&self, offset: u64, len: u64, zeroes: bool, change: impl FnOnce() -> Result<()>) -> Result<()> {
         let _gate = self.gate.read();
+        self.check_open()?;
         if offset + len > self.size() {
             return Err(self.past_the_end(offset));
         }
@@ -456,6 +461,13 @@ impl Disk {
         self.tracking.switch(new);
         for recording in old.iter() {
             self.tracking.forget_words(recording.uuid);
+        }
+        Ok(())
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::SeqCst) {
+            return Err(Error::new(errno::EIO, format!("disk '{}'", self.name), "it is no longer served"));
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use super::layer::Layer;
 use super::store::{Piece, read_pieces};
 use crate::error::Result;
 use crate::storage::buffer::AlignedBuf;
+use crate::sync::atomic::Ordering;
 use crate::units::MAX_GATE_BYTES;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ impl Disk {
     /// Removes and folds what it can. Errors are logged and tried again at the next call. One caller at a time, and
     /// none once the disk is closed: the states that a close saved must not change any more.
     pub(super) fn reap(&self) {
-        let closed = self.closed.lock();
-        if *closed {
+        let _one = self.reaping.lock();
+        if self.closed.load(Ordering::SeqCst) {
             return;
         }
         self.drop_unneeded();

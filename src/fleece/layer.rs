@@ -10,7 +10,7 @@
 //!
 //! | array | words |
 //! | --- | --- |
-//! | `layer.UUID.head` | 0: 1 where broken; 1: number of lost chunks; 2 .. 511: lost chunk + 1 each |
+//! | `layer.UUID.head` | 0: 1 where broken; 1: number of lost chunks; 2: 1 where hidden; 3 .. 511: lost chunk + 1 each |
 //! | `layer.UUID.copied` | one bit a chunk: copied or lost |
 //! | `layer.UUID.released` | one bit a chunk: released in this layer's view (made at the first release) |
 
@@ -19,7 +19,7 @@ use crate::bitmap::Bits;
 use crate::error::{Error, Result, errno};
 use crate::storage::{Shm, Words};
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::Ordering;
 use crate::sync::full_fence;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -29,7 +29,8 @@ use uuid::Uuid;
 pub(super) const HEAD_WORDS: usize = 512;
 const BROKEN: usize = 0;
 const LOST_COUNT: usize = 1;
-const LOST_FIRST: usize = 2;
+const HIDDEN: usize = 2;
+const LOST_FIRST: usize = 3;
 /// Most unreadable chunks that one layer keeps apart; with more, its views break.
 const MAX_LOST: usize = HEAD_WORDS - LOST_FIRST;
 
@@ -54,8 +55,6 @@ pub(super) struct Layer {
     pub store: Store,
     copied: Bits,
     head: Words,
-    /// The user still sees or reads this layer's view. A layer without one is hidden.
-    viewed: AtomicBool,
     released: OnceLock<Bits>,
     /// Held while `released` is made, so that two first releases make one array.
     making_released: Mutex<()>,
@@ -95,7 +94,6 @@ impl Layer {
             store,
             copied: Bits::new(words.copied, chunks),
             head: words.head,
-            viewed: AtomicBool::new(true),
             released,
             making_released: Mutex::new(()),
             reason: Mutex::new(None),
@@ -192,11 +190,13 @@ impl Layer {
 
     /// Whether a user still sees or reads this layer's view.
     pub(super) fn is_viewed(&self) -> bool {
-        self.viewed.load(Ordering::SeqCst)
+        self.head[HIDDEN].load(Ordering::SeqCst) == 0
     }
 
+    /// The view goes for good. Kept with the states: from here on old content may be missing that the view would need,
+    /// whatever a directory that a recovery goes by may say.
     pub(super) fn hide(&self) {
-        self.viewed.store(false, Ordering::SeqCst);
+        self.head[HIDDEN].store(1, Ordering::SeqCst);
     }
 
     /// Whether this layer's view needs what `chunk` held: it is seen, covers the chunk and has not released it.

@@ -383,10 +383,10 @@ impl Opening<'_> {
 
     /// The layers with their states; all go where one that others look through cannot be believed.
     fn recover_layers(&self, state: &mut Recovered, found: &Found, old: Option<&dyn Shm>) {
-        let entries = std::mem::take(&mut state.directory.layers);
+        let mut entries = std::mem::take(&mut state.directory.layers);
         let mut layers = Vec::new();
         let mut failure = None;
-        for entry in &entries {
+        for entry in &mut entries {
             let words = match (found, old) {
                 (Found::Killed(_), Some(old)) => keep::take_over(old, self.shm, entry),
                 (Found::Clean, _) => keep::load(self.store_io, self.shm, entry),
@@ -396,6 +396,9 @@ impl Opening<'_> {
             match made {
                 Ok((words, store)) => {
                     let layer = Layer::new(entry.uuid, entry.seq, entry.size, entry.chunk, store, words);
+                    if !layer.is_viewed() {
+                        entry.snapshot = None;
+                    }
                     if entry.snapshot.is_none() {
                         layer.hide();
                     }
@@ -436,8 +439,14 @@ fn words_of(old: &dyn Shm, entry: &BitmapEntry) -> Result<Option<DirtyBitmap>> {
 impl Disk {
     /// A clean close; see the module for the order. Views are saved, or dropped with their stores.
     pub(super) fn close(&self, keep_views: bool) -> Result<()> {
-        let mut closed = self.closed.lock();
+        let _one = self.reaping.lock();
         let _gate = self.gate.write();
+        self.closed.store(true, Ordering::SeqCst);
+        self.close_drained(keep_views).inspect_err(|_| self.closed.store(false, Ordering::SeqCst))
+    }
+
+    /// The guest's writes are done, and new ones are refused.
+    fn close_drained(&self, keep_views: bool) -> Result<()> {
         if !self.read_only() {
             self.flush()?;
         }
@@ -456,7 +465,6 @@ impl Disk {
                 layer.store.remove_now();
             }
         }
-        *closed = true;
         self.tracking.shm.remove_all()
     }
     /// The recording bitmaps, saved and named in the directory, with the layers that are kept.

@@ -49,7 +49,9 @@ pub(super) fn take_back(parts: &[Part]) {
             Ok(())
         });
         if let Err(e) = done {
+            // While it is in doubt what the coordinator's directory says, the others stay prepared.
             log::warn!("disk '{}': {e}", part.disk.name());
+            return;
         }
     }
 }

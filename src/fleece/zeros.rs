@@ -135,7 +135,7 @@ impl ZeroCursor {
             index += 1;
             // Whole bytes of one state are stepped over at once.
             let same = if state { 0xff } else { 0 };
-            while index % 8 == 0 && index * chunk < end && self.byte(index / 8)? == same {
+            while index.is_multiple_of(8) && index * chunk < end && self.byte(index / 8)? == same {
                 index += 8;
             }
         }

@@ -114,6 +114,7 @@ impl Inodes {
     }
 
     /// Whether the inode is open.
+    #[cfg(test)]
     pub fn is_open(&self, ino: u64) -> bool {
         self.entries.read().get(&ino).is_some_and(|entry| entry.opens > 0)
     }

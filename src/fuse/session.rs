@@ -96,7 +96,7 @@ pub fn check_mountpoint(path: &Path) -> Result<()> {
     let error = |errno, why: &str| Error::new(errno, "mountpoint", why).at_path(path);
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,
-        Err(e) if e.raw_os_error() == Some(errno::ENOTCONN) => return Ok(()),
+        Err(e) if process::is_dead_mount(&e) => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(error(errno::ENOENT, "no such directory").hint(format!("make it: mkdir -p {}", path.display())));
         }

@@ -232,6 +232,11 @@ pub fn peer_uid(stream: &UnixStream) -> Result<u32> {
     if done == 0 { Ok(peer.uid) } else { Err(Error::io("ask who connected", io::Error::last_os_error())) }
 }
 
+/// Whether an error says that a FUSE mount's daemon is gone: ENOTCONN, or ECONNABORTED for what it was asked last.
+pub fn is_dead_mount(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+}
+
 /// What lies at a path, as far as mounts go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MountState {
@@ -239,7 +244,7 @@ pub enum MountState {
     NotAMount,
     /// One that answers.
     Mounted,
-    /// A FUSE mount whose daemon is gone (ENOTCONN).
+    /// A FUSE mount whose daemon is gone, see [`is_dead_mount`].
     Dead,
 }
 
@@ -249,7 +254,7 @@ pub fn mount_state(path: &Path) -> Result<MountState> {
     let failed = |e| Error::io("look at", e).at_path(path);
     let meta = match std::fs::metadata(path) {
         Ok(meta) => meta,
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)) => return Ok(MountState::Dead),
+        Err(e) if is_dead_mount(&e) => return Ok(MountState::Dead),
         Err(e) => return Err(failed(e)),
     };
     if !meta.is_dir() {

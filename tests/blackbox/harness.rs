@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 /// Granularity of a checkpoint's bitmap on a raw image, in bytes.
@@ -26,6 +27,8 @@ pub mod errno {
 }
 /// Longest time that any one command may take, in seconds.
 const COMMAND_LIMIT_S: &str = "120";
+/// Longest time that one mount may live.
+const MOUNT_LIMIT: Duration = Duration::from_secs(300);
 
 /// Ends the test, with one line, where something that it needs is absent: a tool by name, a file by path, or `root`.
 macro_rules! requires {
@@ -204,9 +207,48 @@ pub fn pattern(seed: u64, length: usize) -> Vec<u8> {
 pub struct Mount {
     pub dir: PathBuf,
     pub pid: u32,
+    connection: Option<u64>,
+    watchdog: Option<Sender<()>>,
+}
+
+/// Ends a mount that is still there after [`MOUNT_LIMIT`]: callers that the kernel does not let go of otherwise then
+/// fail, and the test with them.
+fn watchdog(pid: u32, connection: Option<u64>) -> Sender<()> {
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        if receiver.recv_timeout(MOUNT_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            say(&format!("daemon {pid} is killed: its test hangs"));
+            let _ = tool("kill").args(["-9", &pid.to_string()]).output();
+            connection.into_iter().for_each(abort);
+        }
+    });
+    sender
+}
+
+/// The number of the FUSE connection behind a mount, found without touching the mount.
+fn connection_of(dir: &Path) -> Option<u64> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let fields = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let mount = mounts.lines().map(fields).find(|f| f.get(4).is_some_and(|at| Path::new(at) == dir))?;
+    mount.get(2)?.split_once(':')?.1.parse().ok()
+}
+
+/// Ends a FUSE connection. A kill does not, while a thread of the daemon waits in the kernel for its own mount.
+fn abort(connection: u64) {
+    let Ok(control) = tempfile::tempdir() else { return };
+    if tool("mount").args(["-t", "fusectl", "none"]).arg(control.path()).output().is_ok_and(|o| o.status.success()) {
+        let _ = fs::write(control.path().join(connection.to_string()).join("abort"), "1");
+        let _ = tool("umount").arg(control.path()).output();
+    }
 }
 
 impl Mount {
+    /// Takes charge of a daemon that was started by other means.
+    pub fn of(dir: PathBuf, pid: u32) -> Mount {
+        let connection = connection_of(&dir);
+        Mount { dir, pid, connection, watchdog: Some(watchdog(pid, connection)) }
+    }
+
     #[track_caller]
     pub fn at<S: Into<std::ffi::OsString>>(dir: PathBuf, args: impl IntoIterator<Item = S>) -> Mount {
         let mut all = args!["mount"];
@@ -217,8 +259,9 @@ impl Mount {
             detach(&dir);
         }
         assert!(out.status.success(), "{all:?}: {}\n{}", out.status, stderr(&out));
-        let mut mount = Mount { dir, pid: 0 };
+        let mut mount = Mount { connection: connection_of(&dir), dir, pid: 0, watchdog: None };
         mount.pid = mount.status()["pid"].as_u64().expect("status.json has no pid") as u32;
+        mount.watchdog = Some(watchdog(mount.pid, mount.connection));
         mount
     }
 
@@ -313,7 +356,8 @@ impl Mount {
 
     /// Ends it as the out-of-memory killer does. The dead mount stays, as it would.
     #[track_caller]
-    pub fn kill(self) -> PathBuf {
+    pub fn kill(mut self) -> PathBuf {
+        drop(self.watchdog.take());
         ok(tool("kill").args(["-9", &self.pid.to_string()]));
         let pid = self.pid;
         eventually("the end of the killed daemon", || !alive(pid));
@@ -330,6 +374,9 @@ impl Drop for Mount {
         }
         if is_mounted(&self.dir) {
             detach(&self.dir);
+        }
+        if std::thread::panicking() {
+            self.connection.into_iter().for_each(abort);
         }
         if self.pid != 0 && alive(self.pid) {
             let deadline = Instant::now() + Duration::from_secs(10);

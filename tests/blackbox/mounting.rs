@@ -83,7 +83,7 @@ fn foreground_stays_and_ends_with_0_at_sigterm() {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    let guard = Mount { dir: dir.clone(), pid: child.id() };
+    let guard = Mount::of(dir.clone(), child.id());
     eventually("the mount", || dir.join("status.json").exists());
     assert_eq!(guard.status()["pid"], child.id());
     eventually("the pid file", || fs::read_to_string(&pidfile).is_ok_and(|text| text.trim() == child.id().to_string()));

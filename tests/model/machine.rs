@@ -498,13 +498,13 @@ impl Machine {
     /// Everything a user can see, against the oracle.
     pub fn check(&mut self) {
         let shown: Vec<String> = self.fleece.snapshots().iter().map(|snapshot| snapshot.name().to_owned()).collect();
-        for disk in 0..2 {
+        for (disk, name) in NAMES.into_iter().enumerate() {
             self.check_live(disk);
             for index in 0..self.models[disk].frozen.len() {
                 let frozen = self.models[disk].frozen[index].clone();
                 assert!(shown.contains(&frozen.name), "snapshot {} is gone", frozen.name);
                 let snapshot = self.fleece.snapshot(&frozen.name).unwrap();
-                let view = snapshot.view(NAMES[disk]).unwrap();
+                let view = snapshot.view(name).unwrap();
                 self.check_view(disk, view, index);
                 self.check_maps(disk, view, &frozen);
             }

@@ -15,6 +15,8 @@ mod crash;
 mod faults;
 #[path = "blackbox/formats.rs"]
 mod formats;
+#[path = "blackbox/fsx.rs"]
+mod fsx;
 #[path = "blackbox/live.rs"]
 mod live;
 #[path = "blackbox/loops.rs"]

@@ -10,7 +10,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -178,17 +178,20 @@ fn direct_io_needs_no_alignment_and_loses_no_byte() {
 
 #[test]
 fn o_trunc_is_ignored_and_truncate_resizes() {
-    let Some(mount) = Mount::new() else { return };
+    // Another process serves: a mapping that is cut off after all ends this one with SIGBUS.
+    let Some(mut mount) = Served::new() else { return };
+    let live = mount.path("live/vda.raw");
     let file = mount.open_live();
     file.write_all_at(b"head", 0).unwrap();
     file.write_all_at(b"tail", DISK - 4).unwrap();
     let map = map_shared(&file);
-    let truncated = OpenOptions::new().write(true).truncate(true).open(mount.live()).unwrap();
-    assert_eq!(truncated.metadata().unwrap().len(), DISK);
-    assert_eq!(fs::metadata(mount.live()).unwrap().len(), DISK);
+    let truncated = OpenOptions::new().write(true).truncate(true).open(&live).unwrap();
+    // Before anything makes the kernel ask for the size again: it must not have taken it for 0 meanwhile.
     assert_eq!(&map[DISK as usize - 4..], b"tail", "a mapping is not cut off");
+    assert_eq!(truncated.metadata().unwrap().len(), DISK);
+    assert_eq!(fs::metadata(&live).unwrap().len(), DISK);
     drop((map, truncated));
-    let of = format!("of={}", mount.live().display());
+    let of = format!("of={}", live.display());
     if run("dd", &["if=/dev/zero", &of, "bs=1M", "count=1", "status=none"]).is_some() {
         let mut tail = [0; 4];
         file.read_exact_at(&mut tail, DISK - 4).unwrap();
@@ -196,15 +199,14 @@ fn o_trunc_is_ignored_and_truncate_resizes() {
         assert_eq!(file.metadata().unwrap().len(), DISK);
     }
     file.set_len(DISK + MIB).unwrap();
-    assert_eq!(fs::metadata(mount.live()).unwrap().len(), DISK + MIB);
+    assert_eq!(fs::metadata(&live).unwrap().len(), DISK + MIB);
     assert_eq!(file.write_at(b"more", DISK).unwrap(), 4);
-    mount.mkdir("one");
+    fs::create_dir(mount.path("snapshots/one")).unwrap();
     assert_eq!(os_error(file.set_len(DISK)), libc::EBUSY);
     assert_eq!(file.metadata().unwrap().len(), DISK + MIB);
     assert!(file.set_len(0).is_err());
-    mount.rmdir("one");
     drop(file);
-    mount.finish();
+    mount.kill();
 }
 
 #[test]
@@ -369,6 +371,12 @@ fn a_snapshot_has_the_stores_of_shared_mappings() {
     live.write_all_at(&[77; 6], 0).unwrap();
     assert_eq!(map[5], 77, "and the mapping sees writes");
     drop((map, live));
+    // What another surface writes is in a mapping that is made later.
+    mount.fleece.disk("vda").unwrap().write(&[88; 6], 0).unwrap();
+    let live = mount.open_live();
+    let map = map_shared(&live);
+    assert_eq!(map[5], 88);
+    drop((map, live));
     mount.finish();
 }
 
@@ -376,23 +384,24 @@ fn a_snapshot_has_the_stores_of_shared_mappings() {
 /// makes something in its directory holds back: none of them may wait for a snapshot.
 #[test]
 fn snapshots_of_a_mapped_file_and_others_do_not_block_each_other() {
-    let Some(mount) = Mount::with_threads(2) else { return };
-    let live = mount.open_live();
+    // Another process serves: this one can be killed should they block each other after all.
+    let Some(mut served) = Served::new() else { return };
+    let live = served.open_live();
     let mut map = map_shared(&live);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            let file = mount.open_live();
+            let file = served.open_live();
             while !done.load(Ordering::Relaxed) {
                 file.set_len(DISK).unwrap();
-                drop(OpenOptions::new().write(true).truncate(true).open(mount.live()).unwrap());
+                drop(OpenOptions::new().write(true).truncate(true).open(served.path("live/vda.raw")).unwrap());
             }
         });
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                assert_eq!(os_error(fs::create_dir(mount.path("live/x"))), libc::EPERM);
-                assert_eq!(os_error(fs::create_dir(mount.path("x"))), libc::EPERM);
-                assert_eq!(os_error(File::create(mount.path("live/x"))), libc::EPERM);
+                assert_eq!(os_error(fs::create_dir(served.path("live/x"))), libc::EPERM);
+                assert_eq!(os_error(fs::create_dir(served.path("x"))), libc::EPERM);
+                assert_eq!(os_error(File::create(served.path("live/x"))), libc::EPERM);
             }
         });
         scope.spawn(|| {
@@ -405,13 +414,14 @@ fn snapshots_of_a_mapped_file_and_others_do_not_block_each_other() {
             }
         });
         for round in 0..30 {
-            mount.mkdir(&format!("s{round}"));
-            mount.rmdir(&format!("s{round}"));
+            let path = served.path(&format!("snapshots/s{round}"));
+            fs::create_dir(&path).unwrap();
+            fs::remove_dir(&path).unwrap();
         }
         done.store(true, Ordering::Relaxed);
     });
     drop((map, live));
-    mount.finish();
+    served.kill();
 }
 
 /// Many writers with O_DIRECT, snapshots, readers: a frozen view is one state of each block and never changes.
@@ -538,8 +548,9 @@ fn an_aborted_connection_leaves_no_mount_behind() {
 /// Names the directory to serve from, for the process that a test kills.
 const SERVE: &str = "FLEECEFS_TEST_SERVE";
 
+/// Not a test but the process that [`Served`] starts.
 #[test]
-fn child_that_is_killed() {
+fn child_that_serves() {
     let Some(dir) = std::env::var_os(SERVE) else { return };
     let fleece = Fleece::new(Options { state_dir: Some(Path::new(&dir).join("state")), ..Options::default() });
     let file = Path::new(&dir).join("vda.raw");
@@ -558,44 +569,85 @@ fn child_that_is_killed() {
     mounted.wait().unwrap();
 }
 
-/// A kill at any moment, also while the kernel writes mappings back, ends the process, and the next mount takes the
-/// place of the dead one.
-#[test]
-fn a_killed_process_is_gone_and_its_mount_is_replaced() {
-    if !Path::new("/dev/fuse").exists() {
-        return eprintln!("SKIP: no /dev/fuse on this machine");
+/// A mount that another process serves.
+struct Served {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Served {
+    fn new() -> Option<Served> {
+        if !Path::new("/dev/fuse").exists() {
+            eprintln!("SKIP: no /dev/fuse on this machine");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("vda.raw")).unwrap().set_len(DISK).unwrap();
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        let child = Served::start(dir.path());
+        Some(Served { dir, child })
     }
-    let dir = tempfile::tempdir().unwrap();
-    File::create(dir.path().join("vda.raw")).unwrap().set_len(DISK).unwrap();
-    let mountpoint = dir.path().join("mnt");
-    fs::create_dir(&mountpoint).unwrap();
-    for round in 0..8 {
-        check_mountpoint(&mountpoint).unwrap();
+
+    fn start(dir: &Path) -> Child {
+        check_mountpoint(&dir.join("mnt")).unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_is_killed", "--nocapture"])
-            .env(SERVE, dir.path())
-            .stdout(std::process::Stdio::piped())
+            .args(["--exact", "child_that_serves", "--nocapture"])
+            .env(SERVE, dir)
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().ends_with("serving")), "the child must serve");
-        let file = OpenOptions::new().read(true).write(true).open(mountpoint.join("live/vda.raw")).unwrap();
+        child
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.dir.path().join("mnt").join(path)
+    }
+
+    fn open_live(&self) -> File {
+        OpenOptions::new().read(true).write(true).open(self.path("live/vda.raw")).unwrap()
+    }
+
+    /// kill -9; the process must be gone soon.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the process does not die");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Neither matters after a failure, nor where the test has killed it.
+        let _ = self.child.kill();
+        let _ = Command::new("umount").arg("-l").arg(self.dir.path().join("mnt")).status();
+    }
+}
+
+/// A kill at any moment, also while the kernel writes mappings back, ends the process, and the next mount takes the
+/// place of the dead one.
+#[test]
+fn a_killed_process_is_gone_and_its_mount_is_replaced() {
+    let Some(mut served) = Served::new() else { return };
+    for round in 0..8 {
+        let file = served.open_live();
         let mut map = map_shared(&file);
         map.chunks_mut(BLOCK).for_each(|page| page[0] = 1);
         thread::scope(|scope| {
-            scope.spawn(|| fs::create_dir(mountpoint.join(format!("snapshots/s{round}"))));
+            let path = served.path(&format!("snapshots/s{round}"));
+            scope.spawn(move || fs::create_dir(path));
             thread::sleep(Duration::from_millis(round * 2));
-            child.kill().unwrap();
-            let deadline = Instant::now() + Duration::from_secs(60);
-            while child.try_wait().unwrap().is_none() {
-                assert!(Instant::now() < deadline, "the process does not die");
-                thread::sleep(Duration::from_millis(5));
-            }
+            served.kill();
         });
         // Pages of a mapping whose file system is gone are dropped with it.
         drop((map, file));
+        served.child = Served::start(served.dir.path());
     }
-    run("umount", &["-l", mountpoint.to_str().unwrap()]);
+    served.kill();
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 const SYSLOG: &str = "/dev/log";
-/// Libraries speak up only where something is wrong.
-const DEFAULT_FILTER: &str = "fleecefs=info,warn";
+/// Libraries speak up only where something is wrong; fuser calls a reply to a request that was interrupted an error.
+const DEFAULT_FILTER: &str = "fleecefs=info,fuser=off,warn";
 /// Facility `daemon` of syslog, where a priority is facility x 8 + severity.
 const FACILITY_DAEMON: u8 = 3;
 

@@ -31,7 +31,8 @@ const MAX_TRANSFER: u32 = 1 << 20;
 /// Requests that the kernel may have in flight in the background: read-ahead and asynchronous direct I/O.
 const MAX_BACKGROUND: u16 = 256;
 /// What we ask of the kernel. Not WRITEBACK_CACHE: dirty pages would miss the freeze. Not ATOMIC_O_TRUNC: with it the
-/// kernel takes the size for 0 after an open with O_TRUNC, and readers of the same file see its end there.
+/// kernel takes the size for 0 after an open with O_TRUNC, and mappings and asynchronous readers of the file see its
+/// end there until somebody asks for its attributes.
 const CAPABILITIES: [InitFlags; 4] = [
     InitFlags::FUSE_ASYNC_DIO,
     InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
@@ -113,7 +114,11 @@ fn system_time(ns: i64) -> SystemTime {
 fn fopen_flags(opened: &Opened) -> FopenFlags {
     match opened.caching {
         Caching::None => FopenFlags::FOPEN_DIRECT_IO,
-        Caching::NoneParallel => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        // Only shared mappings have pages of it. Each new mapping drops what is stale by itself; without KEEP_CACHE each
+        // open would write back and drop the pages of everybody's mappings, one at a time.
+        Caching::NoneParallel => {
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES | FopenFlags::FOPEN_KEEP_CACHE
+        }
         Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
     }
 }

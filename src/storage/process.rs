@@ -301,18 +301,43 @@ fn unmount_by_helper(path: &Path, lazy: bool) -> Result<()> {
     Err(Error::new(errno, "unmount", text).at_path(path))
 }
 
-/// Sets how far the kernel reads ahead on the mount at `path`. Needs root.
+/// Sets how far the kernel reads ahead on the mount at `path`, absolute and without links. Needs root.
+///
+/// The mount is not asked who it is: a process that serves it itself, and is killed while it waits for its own answer,
+/// stays unkillable.
 pub fn set_read_ahead(path: &Path, kib: u32) -> Result<()> {
-    let device = std::fs::metadata(path).map_err(|e| Error::io("look at", e).at_path(path))?.dev();
-    let setting = format!("/sys/class/bdi/{}:{}/read_ahead_kb", libc::major(device), libc::minor(device));
+    let table = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| Error::io("list the mounts", e))?;
+    let device = device_of_mount(&table, path)
+        .ok_or_else(|| Error::new(libc::ENOENT, "list the mounts", "it is not there").at_path(path))?;
+    let setting = format!("/sys/class/bdi/{device}/read_ahead_kb");
     let written = File::options().write(true).open(&setting).and_then(|mut file| write!(file, "{kib}"));
     written.map_err(|e| Error::io("set the read-ahead", e).at_path(setting))
+}
+
+/// `MAJOR:MINOR` of the topmost mount at `path`, from the table of proc(5): the third field where the fifth is `path`,
+/// with blanks and backslashes in octal.
+fn device_of_mount<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
+    let wanted = path.to_string_lossy().replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011");
+    table.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ').skip(2);
+        let (device, mountpoint) = (fields.next()?, fields.nth(1)?);
+        (mountpoint == wanted).then_some(device)
+    })
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use super::*;
     use std::process::Output;
+
+    #[test]
+    fn the_topmost_mount_of_a_path_tells_its_device() {
+        let table = "22 1 254:0 / / rw - ext4 /dev/vda rw\n30 22 0:40 / /m/a\\040b rw shared:1 - fuse x rw\n\
+                     31 30 0:41 / /m/a\\040b rw - fuse.fleecefs fleecefs rw\n";
+        assert_eq!(device_of_mount(table, Path::new("/m/a b")), Some("0:41"));
+        assert_eq!(device_of_mount(table, Path::new("/")), Some("254:0"));
+        assert_eq!(device_of_mount(table, Path::new("/m")), None);
+    }
 
     /// Names what the test binary does as a daemon, when it runs itself.
     const ROLE: &str = "FLEECEFS_TEST_DAEMON_ROLE";

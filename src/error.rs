@@ -86,11 +86,12 @@ impl Error {
         self
     }
 
-    /// Puts a wider context in front: `what` of the result, with the old text as the reason.
+    /// Puts a wider context in front: the old text, with its path and offset, becomes the reason.
     #[must_use]
     pub fn context(mut self, what: impl Into<String>) -> Self {
-        self.0.why = format!("{}: {}", self.0.what, self.0.why);
+        self.0.why = self.to_string();
         self.0.what = what.into();
+        (self.0.path, self.0.offset) = (None, None);
         self
     }
 
@@ -150,6 +151,6 @@ mod tests {
         let e = Error::io("read", io::Error::from_raw_os_error(5)).at_path("/a/b").at_offset(4096);
         assert_eq!(e.to_string(), "read /a/b at offset 4096: Input/output error");
         assert_eq!(e.errno(), errno::EIO);
-        assert_eq!(e.context("disk 'vda'").to_string(), "disk 'vda' /a/b at offset 4096: read: Input/output error");
+        assert_eq!(e.context("disk 'vda'").to_string(), "disk 'vda': read /a/b at offset 4096: Input/output error");
     }
 }

@@ -1,0 +1,19 @@
+//! Behaviour of the unmounted core on files in memory; each test is named by the promise that it checks.
+
+#![cfg(not(feature = "shuttle"))]
+
+#[path = "core/rig.rs"]
+mod rig;
+
+#[path = "core/disks.rs"]
+mod disks;
+#[path = "core/layers.rs"]
+mod layers;
+#[path = "core/limits.rs"]
+mod limits;
+#[path = "core/release.rs"]
+mod release;
+#[path = "core/tracking.rs"]
+mod tracking;
+#[path = "core/views.rs"]
+mod views;

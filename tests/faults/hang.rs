@@ -1,0 +1,171 @@
+//! A store that hangs must not hang the guest, the other disks, or the operator.
+
+use crate::rig::*;
+use fleecefs::error::errno;
+use fleecefs::fleece::{Fleece, StoreErrorPolicy};
+use fleecefs::storage::faulty::Call;
+use std::sync::Arc;
+use std::time::Duration;
+
+fn host(policy: StoreErrorPolicy) -> Host {
+    Host::pair().with(|options| {
+        options.store_timeout = Duration::from_millis(30);
+        options.on_store_error = policy;
+    })
+}
+
+fn written(host: &Host) -> (Arc<Fleece>, Oracle) {
+    let fleece = host.mount();
+    let mut oracle = Oracle::new(host);
+    for disk in PAIR {
+        oracle.write(&fleece, disk, 0, DISK_BYTES, 1).unwrap();
+    }
+    (fleece, oracle)
+}
+
+/// A busy machine may let even a healthy call pass the short limit: then it is tried again.
+fn eventually<T>(mut attempt: impl FnMut() -> fleecefs::error::Result<T>) -> T {
+    loop {
+        match attempt() {
+            Ok(done) => return done,
+            Err(e) => assert!([errno::ETIMEDOUT, errno::EIO].contains(&e.errno()), "{e}"),
+        }
+    }
+}
+
+const BREAKABLE: Allow = Allow { broken: true, more: true, ..EXACT };
+
+#[test]
+fn with_break_snapshot_the_guest_goes_on_and_the_operator_can_clean_up() {
+    let host = host(StoreErrorPolicy::BreakSnapshot);
+    let (fleece, mut oracle) = written(&host);
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let name = format!("s{serial}");
+    let store = &host.files["a"].store_faults;
+    let all = [Call::Read, Call::Write, Call::Sync, Call::SetLen, Call::Punch, Call::Status, Call::Directory];
+    all.into_iter().for_each(|call| store.stall(call));
+    // Several writers at once: none of them may hang.
+    std::thread::scope(|scope| {
+        for writer in 0..4_u64 {
+            let disk = fleece.disk("a").unwrap();
+            scope.spawn(move || {
+                for round in 0..8 {
+                    let offset = (writer * 16 + round) * CHUNK;
+                    assert_eq!(disk.write(&pattern(2, offset, CHUNK), offset).unwrap() as u64, CHUNK);
+                }
+            });
+        }
+    });
+    oracle.write(&fleece, "a", 0, 64 * CHUNK, 2).unwrap();
+    assert!(view_of(&fleece, &name, "a").broken().is_some());
+    assert_errno(read_view(&view_of(&fleece, &name, "a"), 0, 1), errno::EIO);
+    oracle.zero(&fleece, "a", 70 * CHUNK, CHUNK, true).unwrap();
+    assert_same(&read_live(&fleece.disk("a").unwrap(), 0, DISK_BYTES), &oracle.0["a"].live, "live a");
+
+    oracle.write(&fleece, "b", 0, 64 * CHUNK, 2).unwrap();
+    let b = view_of(&fleece, &name, "b");
+    if b.broken().is_none() {
+        assert_same(&eventually(|| read_view(&b, 0, DISK_BYTES)), oracle.0["b"].at(&name), "view of b");
+    }
+
+    fleece.cancel_snapshot(&name).unwrap();
+    fleece.reap();
+    assert!(try_freeze(&fleece, "no", &[], None).is_err(), "no snapshot can begin on a store that hangs");
+    let later = try_freeze(&fleece, "b-only", &["b"], None);
+    assert!(later.is_ok() || later.is_err_and(|e| e.errno() == errno::ETIMEDOUT));
+
+    all.into_iter().for_each(|call| store.release(call));
+    if fleece.snapshot("b-only").is_ok() {
+        fleece.cancel_snapshot("b-only").unwrap();
+    }
+    let mut serial = 100;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    oracle.write(&fleece, "a", 0, DISK_BYTES, 3).unwrap();
+    oracle.check(&fleece, BREAKABLE);
+    fleece.close().unwrap();
+}
+
+#[test]
+fn closing_returns_while_the_store_hangs_and_nothing_is_forgotten() {
+    let host = host(StoreErrorPolicy::BreakSnapshot);
+    let (fleece, mut oracle) = written(&host);
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let store = &host.files["a"].store_faults;
+    for call in [Call::Read, Call::Write, Call::Status, Call::Directory] {
+        store.stall(call);
+    }
+    oracle.write(&fleece, "a", 3 * GRANULE, 100, 2).unwrap();
+    fleece.close().unwrap();
+    drop(fleece);
+    for call in [Call::Read, Call::Write, Call::Status, Call::Directory] {
+        store.release(call);
+    }
+    let fleece = host.mount();
+    assert!(fleece.snapshots().is_empty());
+    oracle.note("probe");
+    eventually(|| try_freeze(&fleece, "probe", &[], None));
+    oracle.check(&fleece, EXACT);
+}
+
+#[test]
+fn with_fail_write_the_guest_gets_an_error_and_can_go_on_later() {
+    let host = host(StoreErrorPolicy::FailWrite);
+    let (fleece, mut oracle) = written(&host);
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let name = format!("s{serial}");
+    let store = &host.files["a"].store_faults;
+    store.stall(Call::Write);
+    let before = oracle.0["a"].live.clone();
+    for _ in 0..3 {
+        assert_errno(oracle.write(&fleece, "a", 0, 2 * CHUNK, 2), errno::ETIMEDOUT);
+    }
+    assert_same(&oracle.0["a"].live, &before, "the disk after refused writes");
+    assert!(view_of(&fleece, &name, "a").broken().is_none());
+    eventually(|| oracle.write(&fleece, "b", 0, 2 * CHUNK, 2));
+    store.release(Call::Write);
+    eventually(|| oracle.write(&fleece, "a", 0, 2 * CHUNK, 3));
+    eventually(|| oracle.write(&fleece, "a", CHUNK, 8 * CHUNK, 4));
+    let view = view_of(&fleece, &name, "a");
+    assert_same(&eventually(|| read_view(&view, 0, DISK_BYTES)), oracle.0["a"].at(&name), "view");
+    assert_same(&read_live(&fleece.disk("a").unwrap(), 0, DISK_BYTES), &oracle.0["a"].live, "live");
+    fleece.close().unwrap();
+}
+
+#[test]
+fn a_reader_of_a_view_whose_store_hangs_gets_an_error_and_later_the_right_bytes() {
+    let host = host(StoreErrorPolicy::BreakSnapshot);
+    let (fleece, mut oracle) = written(&host);
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let name = format!("s{serial}");
+    oracle.write(&fleece, "a", 0, 4 * CHUNK, 2).unwrap();
+    let view = view_of(&fleece, &name, "a");
+    if view.broken().is_some() {
+        // The machine was too busy for the short limit.
+        return;
+    }
+    let store = &host.files["a"].store_faults;
+    store.stall(Call::Read);
+    assert_errno(read_view(&view, 0, CHUNK), errno::ETIMEDOUT);
+    assert_same(&read_view(&view, 4 * CHUNK, CHUNK).unwrap(), &pattern(1, 4 * CHUNK, CHUNK), "the image's part");
+    store.release(Call::Read);
+    assert_same(&eventually(|| read_view(&view, 0, DISK_BYTES)), oracle.0["a"].at(&name), "view");
+}

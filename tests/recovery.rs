@@ -1,0 +1,19 @@
+//! What is left after a kill at every step, a power loss at every moment, a foreign writer, and damage.
+//!
+//! `FLEECEFS_FULL=1` looks at many more of the states that a power loss may leave.
+
+#![cfg(not(feature = "shuttle"))]
+
+#[path = "core/rig.rs"]
+mod rig;
+
+#[path = "recovery/damage.rs"]
+mod damage;
+#[path = "recovery/foreign.rs"]
+mod foreign;
+#[path = "recovery/kill.rs"]
+mod kill;
+#[path = "recovery/medium.rs"]
+mod medium;
+#[path = "recovery/power.rs"]
+mod power;

@@ -1,0 +1,364 @@
+//! Power loss: words in memory are gone, and of what was not synced any part.
+
+use crate::rig::*;
+use fleecefs::error::{Result, errno};
+use fleecefs::fleece::{Environment, Fleece, Options};
+use fleecefs::storage::crash::CrashDisk;
+use fleecefs::storage::shm::HeapShmRoot;
+use fleecefs::storage::{BlockStatus, Dir, SharedStorage, Space, Stamp, Storage};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+#[test]
+fn after_a_power_loss_maps_say_everything_views_are_refused_and_checkpoints_stay() {
+    let mut host = Host::pair();
+    let fleece = host.mount();
+    let mut oracle = Oracle::new(&host);
+    for (seed, name) in [(1, "s0"), (2, "s1")] {
+        oracle.write(&fleece, "a", u64::from(seed) * GRANULE, 100, seed).unwrap();
+        oracle.freeze(&fleece, name).unwrap();
+        fleece.complete_snapshot(name, Some("daily")).unwrap();
+    }
+    oracle.freeze(&fleece, "open").unwrap();
+    oracle.write(&fleece, "a", 0, DISK_BYTES, 3).unwrap();
+    drop(fleece);
+    host.lose_power();
+    let fleece = host.mount();
+    assert!(fleece.snapshots().is_empty());
+    for info in fleece.disk_infos() {
+        assert!(info.tracking.starts_with("everything: "), "{}", info.tracking);
+    }
+    assert!(fleece.problems().iter().any(|text| text.contains("'open'")), "{:?}", fleece.problems());
+    let names: Vec<String> = fleece.checkpoints().into_iter().map(|row| row.name).collect();
+    assert_eq!(names, ["s0", "s1", "open"]);
+    assert_eq!(fleece.consumers()[0].disks, PAIR);
+    wait_for("the views' space is freed", || host.files.values().all(|files| files.layers().is_empty()));
+    let snapshot = oracle.freeze(&fleece, "t").unwrap();
+    for view in snapshot.views() {
+        assert_eq!(view.reference().unwrap().name, "s1");
+        assert!(view.full_reason().is_some());
+        assert_eq!(view.map(view.reference().map(|point| point.uuid)).unwrap().dirty_bytes(), view.size());
+    }
+    oracle.check(&fleece, Allow { more: true, ..EXACT });
+    fleece.complete_snapshot("t", Some("daily")).unwrap();
+    oracle.write(&fleece, "b", GRANULE, 1, 4).unwrap();
+    oracle.freeze(&fleece, "u").unwrap();
+    let map = extents_since(&view_of(&fleece, "u", "b"), "t");
+    assert_eq!(dirty_granules(&map), [1].into(), "from then on it is exact");
+}
+
+#[test]
+fn a_power_loss_after_a_clean_stop_loses_nothing() {
+    let mut host = Host::pair().with(|options| options.keep_snapshots = true);
+    let fleece = host.mount();
+    let mut oracle = Oracle::new(&host);
+    oracle.freeze(&fleece, "s").unwrap();
+    oracle.write(&fleece, "a", 0, DISK_BYTES, 3).unwrap();
+    fleece.close().unwrap();
+    drop(fleece);
+    host.lose_power();
+    let fleece = host.mount();
+    assert_eq!(fleece.snapshots().len(), 1);
+    oracle.check_all(&fleece, "probe", EXACT);
+}
+
+#[test]
+fn words_that_vanish_without_a_reboot_count_as_a_power_loss() {
+    let host = Host::one();
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    fleece.disk("a").unwrap().write(&[1; 10], 0).unwrap();
+    drop(fleece);
+    host.heap.lose_power("boot-1");
+    let fleece = host.mount();
+    assert!(fleece.disk_infos()[0].tracking.starts_with("everything: "));
+    let snapshot = freeze(&fleece, "t");
+    assert!(snapshot.views()[0].full_reason().is_some());
+}
+
+/// What a power loss at some moment may leave is chosen from this.
+#[derive(Debug, Default)]
+struct Moments {
+    disk: CrashDisk,
+    taken: Mutex<Vec<CrashDisk>>,
+}
+
+/// Passes calls on, and keeps the disk as it is before each change.
+#[derive(Debug)]
+struct Watched<T: ?Sized> {
+    inner: Arc<T>,
+    moments: Arc<Moments>,
+}
+
+impl Moments {
+    fn take(&self) {
+        let mut taken = self.taken.lock().unwrap();
+        taken.push(self.disk.kill());
+    }
+}
+
+impl Storage for Watched<dyn Storage> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.moments.take();
+        self.inner.write_at(buf, offset)
+    }
+    fn sync(&self) -> Result<()> {
+        self.moments.take();
+        self.inner.sync()
+    }
+    fn len(&self) -> Result<u64> {
+        self.inner.len()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.moments.take();
+        self.inner.set_len(len)
+    }
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.moments.take();
+        self.inner.punch_hole(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.moments.take();
+        self.inner.write_zeroes(offset, len)
+    }
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.inner.block_status(offset, len)
+    }
+    fn stamp(&self) -> Result<Stamp> {
+        self.inner.stamp()
+    }
+    fn path(&self) -> &Path {
+        self.inner.path()
+    }
+}
+
+impl Watched<dyn Dir> {
+    fn file(&self, inner: SharedStorage) -> SharedStorage {
+        Arc::new(Watched::<dyn Storage> { inner, moments: self.moments.clone() })
+    }
+}
+
+impl Dir for Watched<dyn Dir> {
+    fn open(&self, name: &str) -> Result<SharedStorage> {
+        self.inner.open(name).map(|file| self.file(file))
+    }
+    fn create(&self, name: &str) -> Result<SharedStorage> {
+        self.moments.take();
+        self.inner.create(name).map(|file| self.file(file))
+    }
+    fn exists(&self, name: &str) -> Result<bool> {
+        self.inner.exists(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.moments.take();
+        self.inner.remove(name)
+    }
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        self.moments.take();
+        self.inner.rename(from, to)
+    }
+    fn list(&self, sub: &str) -> Result<Vec<String>> {
+        self.inner.list(sub)
+    }
+    fn sync(&self) -> Result<()> {
+        self.moments.take();
+        self.inner.sync()
+    }
+    fn space(&self) -> Result<Space> {
+        self.inner.space()
+    }
+    fn path(&self, name: &str) -> PathBuf {
+        self.inner.path(name)
+    }
+}
+
+const SIZE: u64 = 3 * GRANULE + 1234;
+
+fn options(keep: bool) -> Options {
+    Options { keep_snapshots: keep, ..Options::default() }
+}
+
+/// Mounts both disks of a medium; `watch` notes every change.
+fn mount(disk: &CrashDisk, shm: &HeapShmRoot, keep: bool, watch: Option<&Arc<Moments>>) -> Result<Arc<Fleece>> {
+    let env = Environment { shm: Arc::new(shm.clone()), background: false };
+    let fleece = Fleece::with_environment(options(keep), env);
+    for name in PAIR {
+        let mut image: SharedStorage = disk.open(&format!("{name}.img"))?.shared();
+        let mut dir: Arc<dyn Dir> = Arc::new(disk.dir(&format!("{name}.fleece")));
+        if let Some(moments) = watch {
+            image = Arc::new(Watched::<dyn Storage> { inner: image, moments: moments.clone() });
+            dir = Arc::new(Watched::<dyn Dir> { inner: dir, moments: moments.clone() });
+        }
+        attach_over(&fleece, name, image, dir.clone(), dir, false)?;
+    }
+    Ok(fleece)
+}
+
+/// What each disk held at each instant that may have been backed up.
+type Points = BTreeMap<(String, &'static str), Vec<u8>>;
+
+struct Run {
+    moments: Arc<Moments>,
+    points: Points,
+    serial: u8,
+}
+
+impl Run {
+    fn freeze(&mut self, fleece: &Fleece, name: &str) {
+        for disk in PAIR {
+            self.points.insert((name.to_owned(), disk), read_live(&fleece.disk(disk).unwrap(), 0, SIZE));
+        }
+        freeze(fleece, name);
+    }
+
+    fn guest(&mut self, fleece: &Fleece) {
+        self.serial += 1;
+        for disk in PAIR {
+            let live = fleece.disk(disk).unwrap();
+            let at = u64::from(self.serial) * 11 * CHUNK % (3 * GRANULE - 2 * CHUNK);
+            live.write(&pattern(self.serial, at, CHUNK + 600), at).unwrap();
+            // Once only: what is written before a freeze must become durable by the stop.
+            if self.serial == 4 {
+                live.flush().unwrap();
+            }
+            if self.serial.is_multiple_of(4) {
+                live.discard(at, CHUNK).unwrap();
+            }
+        }
+    }
+}
+
+/// Everything that the product does, watched change by change.
+fn run(keep: bool) -> Run {
+    let moments = Arc::new(Moments::default());
+    for name in PAIR {
+        let image = moments.disk.open(&format!("{name}.img")).unwrap();
+        image.write_at(&pattern(200, 0, SIZE), 0).unwrap();
+        image.sync().unwrap();
+    }
+    let mut run = Run { moments, points: BTreeMap::new(), serial: 0 };
+    let shm = HeapShmRoot::new();
+    let open = |run: &Run| mount(&run.moments.disk, &shm, keep, Some(&run.moments)).unwrap();
+    let fleece = open(&run);
+    run.guest(&fleece);
+    run.freeze(&fleece, "s1");
+    run.guest(&fleece);
+    fleece.complete_snapshot("s1", Some("daily")).unwrap();
+    run.freeze(&fleece, "s2");
+    run.guest(&fleece);
+    run.freeze(&fleece, "s3");
+    fleece.release("s2", "a", 0, GRANULE).unwrap();
+    run.guest(&fleece);
+    fleece.cancel_snapshot("s3").unwrap();
+    fleece.reap();
+    run.guest(&fleece);
+    fleece.close().unwrap();
+    drop(fleece);
+    let fleece = open(&run);
+    run.guest(&fleece);
+    run.freeze(&fleece, "s4");
+    run.guest(&fleece);
+    fleece.complete_snapshot("s4", Some("daily")).unwrap();
+    if !keep {
+        // Kept, s2 counts from it.
+        fleece.delete_checkpoint("s1").unwrap();
+    }
+    run.guest(&fleece);
+    // A kill, and what its recovery leaves.
+    drop(fleece);
+    let fleece = open(&run);
+    run.guest(&fleece);
+    run.freeze(&fleece, "s5");
+    run.guest(&fleece);
+    fleece.close().unwrap();
+    drop(fleece);
+    run.moments.take();
+    run
+}
+
+/// A medium as a power loss left it can be mounted, and nothing that is said of it is wrong.
+fn check_survivor(left: &CrashDisk, points: &Points, keep: bool) {
+    let shm = HeapShmRoot::new();
+    shm.lose_power("boot-2");
+    let fleece = mount(left, &shm, keep, None).unwrap();
+    for snapshot in fleece.snapshots() {
+        assert!(keep, "views after a power loss");
+        for view in snapshot.views() {
+            check_view(view, points);
+        }
+    }
+    for disk in PAIR {
+        // The image holds what survived: from here on it is what counts.
+        let live = read_live(&fleece.disk(disk).unwrap(), 0, SIZE);
+        assert_eq!(live.len() as u64, SIZE);
+    }
+    let probe = freeze(&fleece, "probe");
+    for view in probe.views() {
+        let now = read_view(view, 0, SIZE).unwrap();
+        for base in view.since() {
+            let old = &points[&(base.name.clone(), PAIR.into_iter().find(|disk| *disk == view.disk_name()).unwrap())];
+            for extent in extents(view, Some(base.uuid)).unwrap() {
+                let range = extent.start as usize..(extent.start + extent.length) as usize;
+                let same = old[range.clone()] == now[range.clone()];
+                assert!(extent.dirty || same, "disk {}, since {}: {range:?} changed", view.disk_name(), base.name);
+                assert!(!extent.zero || is_zero(&now[range]), "zero that is none");
+            }
+        }
+    }
+}
+
+/// Chunk by chunk: right, or an error (released).
+fn check_view(view: &fleecefs::fleece::View, points: &Points) {
+    let disk = PAIR.into_iter().find(|disk| *disk == view.disk_name()).unwrap();
+    let frozen = &points[&(view.checkpoint().name, disk)];
+    let what = format!("view {} of {disk}", view.checkpoint().name);
+    for (chunk, frozen) in frozen.chunks(CHUNK as usize).enumerate() {
+        match read_view(view, chunk as u64 * CHUNK, CHUNK) {
+            Ok(now) => assert_same(&now, frozen, &what),
+            Err(e) => {
+                assert_eq!(e.errno(), errno::EIO);
+                let released = view.checkpoint().name == "s2" && disk == "a" && (chunk as u64) < GRANULE / CHUNK;
+                assert!(released, "{what}: {e}");
+            }
+        }
+    }
+}
+
+fn survivors(keep: bool) {
+    let full = std::env::var_os("FLEECEFS_FULL").is_some();
+    let run = run(keep);
+    let moments = run.moments.taken.lock().unwrap();
+    assert!(moments.len() > 200, "{} moments", moments.len());
+    for (number, moment) in moments.iter().enumerate() {
+        let mut left: Vec<CrashDisk> = Vec::new();
+        let (exhaustive, seeds) = if full { (8, 40) } else { (3, 2) };
+        match moment.exhaustive(exhaustive) {
+            Some(all) => left.extend(all),
+            None => left.extend((0..seeds).map(|seed| moment.survivors(number as u64 * 1000 + seed))),
+        }
+        for (index, disk) in left.iter().enumerate() {
+            let done = catch_unwind(AssertUnwindSafe(|| check_survivor(disk, &run.points, keep)));
+            assert!(
+                done.is_ok(),
+                "power loss before change {number} of {}, survivor {index}, keep {keep}",
+                moments.len()
+            );
+        }
+    }
+}
+
+#[test]
+fn whatever_a_power_loss_leaves_no_map_misses_a_change() {
+    survivors(false);
+}
+
+#[test]
+fn whatever_a_power_loss_leaves_of_kept_views_no_wrong_byte_is_shown() {
+    survivors(true);
+}

@@ -63,6 +63,8 @@ pub struct Disk {
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
     flush_failed: AtomicBool,
+    /// Length of the image's file as far as we made it.
+    image_len: AtomicU64,
     opens: AtomicU64,
     /// How the tracking state was found at open, for status.
     pub(super) origin: String,
@@ -86,6 +88,7 @@ pub(super) struct DiskParts {
 
 impl Disk {
     pub(super) fn new(parts: DiskParts, options: &Options) -> Self {
+        let image_len = parts.image.stamp().map_or(0, |stamp| stamp.size);
         Disk {
             uuid: parts.tracking.directory().disk,
             size: AtomicU64::new(parts.image.size()),
@@ -105,6 +108,7 @@ impl Disk {
             counters: parts.counters,
             events: parts.events,
             flush_failed: AtomicBool::new(false),
+            image_len: AtomicU64::new(image_len),
             opens: AtomicU64::new(0),
             origin: parts.origin,
             _lock: parts.lock,
@@ -254,7 +258,7 @@ impl Disk {
     }
 
     /// The kernel may have dropped pages that a view or a backup has read: the image may fall back behind a checkpoint.
-    fn lose_tracking(&self, reason: &str) {
+    pub(super) fn lose_tracking(&self, reason: &str) {
         for recording in self.tracking.recording().iter() {
             recording.bitmap.mark_all();
         }
@@ -285,7 +289,9 @@ impl Disk {
         }
         self.preserve(offset, len, zeroes)?;
         self.tracking.mark(offset, len);
-        change()
+        let changed = change();
+        self.tracking.note_write();
+        changed
     }
 
     /// I2: when this returns `Ok`, every chunk of the range that a view still needs has its old content in a store, or
@@ -391,6 +397,17 @@ impl Disk {
         }
     }
 
+    pub(super) fn known_size(&self) -> u64 {
+        self.image_len.load(Ordering::SeqCst)
+    }
+
+    /// Takes the length that the image's file has now for the one that we made.
+    pub(super) fn set_known_size(&self) {
+        if let Ok(stamp) = self.image.stamp() {
+            self.image_len.store(stamp.size, Ordering::SeqCst);
+        }
+    }
+
     /// Grows or shrinks the disk. The new area counts as changed. EBUSY for shrinking while a view exists.
     pub(super) fn resize(&self, size: u64) -> Result<()> {
         self.check_writable()?;
@@ -427,6 +444,8 @@ impl Disk {
             }
         }
         self.size.store(size, Ordering::SeqCst);
+        self.tracking.note_write();
+        self.set_known_size();
         Ok(())
     }
 

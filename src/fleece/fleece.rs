@@ -15,9 +15,13 @@ use crate::image::Image;
 use crate::sync::{Mutex, RwLock};
 use crate::units::check_disk_name;
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 use uuid::Uuid;
+
+/// How often a quiet mount looks for foreign writers.
+const FOREIGN_INTERVAL: Duration = Duration::from_secs(5);
 
 /// See the module.
 pub struct Fleece {
@@ -60,11 +64,16 @@ impl Reaper {
 }
 
 fn reap_in_background(fleece: Weak<Fleece>, wakeups: Receiver<()>) {
-    while wakeups.recv().is_ok() {
-        while wakeups.try_recv().is_ok() {}
-        match fleece.upgrade() {
-            Some(fleece) => fleece.reap(),
-            None => return,
+    loop {
+        let woken = wakeups.recv_timeout(FOREIGN_INTERVAL);
+        let Some(fleece) = fleece.upgrade() else { return };
+        match woken {
+            Ok(()) => {
+                while wakeups.try_recv().is_ok() {}
+                fleece.reap();
+            }
+            Err(RecvTimeoutError::Timeout) => fleece.check_foreign(),
+            Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
@@ -123,6 +132,14 @@ impl Fleece {
         self.lingering.write().retain(|snapshot| !snapshot.is_gone());
         for disk in self.disks() {
             disk.reap();
+        }
+    }
+
+    fn check_foreign(&self) {
+        for disk in self.disks() {
+            if let Err(e) = disk.check_foreign() {
+                log::warn!("disk '{}': {e}", disk.name());
+            }
         }
     }
 

@@ -20,6 +20,7 @@ mod events;
 #[allow(clippy::module_inception, reason = "the type that the module is named after")]
 mod fleece;
 mod fold;
+mod foreign;
 mod info;
 mod keep;
 mod layer;

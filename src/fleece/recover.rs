@@ -46,9 +46,6 @@ use uuid::Uuid;
 
 /// The sidecar's name in the state directory.
 const SIDECAR: &str = "dirty.log";
-/// An image written this much later than the clock word was written by somebody else: clocks of files are coarse.
-const CLOCK_SLACK_NS: i64 = 1_000_000_000;
-
 /// What all disks of a mount share.
 pub(super) struct Shared<'a> {
     pub options: &'a Options,
@@ -222,10 +219,8 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<
                 return Ok(Found::Lost("the state belongs to another image file".to_owned()));
             }
             let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
-            if !image.is_block_device() && stamp.ctime_ns > newest.saturating_add(CLOCK_SLACK_NS) {
-                return Ok(Found::Lost(
-                    "the image was changed by another program after fleecefs was killed".to_owned(),
-                ));
+            if let Some(reason) = super::foreign::signs(image, newest, None)? {
+                return Ok(Found::Lost(format!("{reason} after fleecefs was killed")));
             }
             Ok(Found::Killed(words))
         }
@@ -440,6 +435,7 @@ impl Disk {
     /// A clean close; see the module for the order. Views are saved, or dropped with their stores.
     pub(super) fn close(&self, keep_views: bool) -> Result<()> {
         let _one = self.reaping.lock();
+        self.check_foreign()?;
         let _gate = self.gate.write();
         self.closed.store(true, Ordering::SeqCst);
         self.close_drained(keep_views).inspect_err(|_| self.closed.store(false, Ordering::SeqCst))

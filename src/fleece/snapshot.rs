@@ -191,6 +191,9 @@ impl Fleece {
         let uuid = Uuid::new_v4();
         let time_ns = crate::storage::clock::now_ns();
         let mut taking = Vec::new();
+        for disk in &disks {
+            disk.check_foreign()?;
+        }
         for disk in disks {
             match Taking::prepare(disk, request, uuid, time_ns) {
                 Ok(one) => taking.push(one),
@@ -288,7 +291,7 @@ impl Fleece {
     }
 
     /// Ends a snapshot whose backup succeeded: the view goes, its checkpoint stays and counts as completed; `consumer`
-    /// moves to it.
+    /// moves to it. A broken one goes too, but its checkpoint is not completed, and no consumer moves to it (EIO).
     pub fn complete_snapshot(&self, name: &str, consumer: Option<&str>) -> Result<()> {
         let _control = self.control.lock();
         if let Some(consumer) = consumer {
@@ -306,7 +309,14 @@ impl Fleece {
         }
         let checkpoint = snapshot.uuid;
         let entry = consumer.map(|name| ConsumerEntry { name: name.to_owned(), checkpoint, previous: None });
-        let action = PreparedAction::Complete { checkpoint, consumer: entry };
+        let action = match snapshot.broken() {
+            None => PreparedAction::Complete { checkpoint, consumer: entry },
+            Some(reason) => {
+                // Nobody can have read it to its end: its checkpoint stays, but is no reference point.
+                log::warn!("snapshot '{name}' ends broken, its checkpoint does not count as completed: {reason}");
+                PreparedAction::Cancel { checkpoint }
+            }
+        };
         transaction::run(&parts_of(&snapshot, &action))?;
         self.retire(&snapshot);
         log::info!("snapshot '{name}' completed");

@@ -319,7 +319,8 @@ impl Machine {
             let had = model.frozen.iter().any(|frozen| frozen.name == name);
             model.frozen.retain(|frozen| frozen.name != name);
             if had {
-                model.points.iter_mut().filter(|point| point.name == name).for_each(|point| point.completed = true);
+                let own = model.points.iter_mut().filter(|point| point.name == name);
+                own.for_each(|point| point.completed = !broken);
                 if consumer {
                     self.consumer.insert(disk, name.clone());
                 }

@@ -216,3 +216,37 @@ fn on_real_files_a_kill_is_exact_until_somebody_writes() {
     assert!(tracking.starts_with("everything"), "{tracking}");
     assert_eq!(dirty, 7);
 }
+
+#[test]
+fn a_foreign_write_while_the_disk_is_served_breaks_the_views_and_the_next_map_says_everything() {
+    for cut in [false, true] {
+        let host = Host::new(&["a"], DISK_BYTES);
+        let (fleece, _oracle) = story(&host);
+        std::thread::sleep(PAST_SLACK);
+        let image = &host.files["a"].image;
+        if cut {
+            image.set_len(DISK_BYTES / 2).unwrap()
+        } else {
+            image.write_at(b"foreign", 5 * GRANULE).unwrap()
+        }
+        let snapshot = freeze(&fleece, "t");
+        assert!(snapshot.views()[0].full_reason().is_some(), "cut: {cut}");
+        assert!(fleece.snapshot("s2").unwrap().broken().is_some(), "it was frozen before");
+        assert!(fleece.snapshot("t").unwrap().broken().is_none(), "it was frozen after");
+        let map = snapshot.views()[0].map(snapshot.views()[0].reference().map(|point| point.uuid)).unwrap();
+        assert_eq!(map.dirty_bytes(), snapshot.views()[0].size());
+        assert!(!fleece.problems().is_empty());
+    }
+}
+
+#[test]
+fn a_foreign_write_before_a_clean_stop_is_not_forgotten_by_it() {
+    let host = Host::new(&["a"], DISK_BYTES);
+    let (fleece, _oracle) = story(&host);
+    std::thread::sleep(PAST_SLACK);
+    host.files["a"].image.write_at(b"foreign", 5 * GRANULE).unwrap();
+    fleece.close().unwrap();
+    let fleece = host.mount();
+    let snapshot = freeze(&fleece, "t");
+    assert!(snapshot.views()[0].full_reason().is_some());
+}

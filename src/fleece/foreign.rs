@@ -1,0 +1,54 @@
+//! Foreign writers: who writes an image behind our back.
+//!
+//! The clock word says when the image was last written through us: it is stored before and after each write. An image
+//! whose ctime is later than that, by more than the slack, was written by somebody else. Asked at open after a kill, at
+//! every snapshot, at a clean close, and every few seconds in between. Then changes are not known, and the frozen views
+//! can't be believed. Not seen: a write within the slack after one of ours, one that comes with a clock set back, and
+//! any to a block device, which has no such time.
+
+use super::disk::Disk;
+use crate::error::Result;
+use crate::image::Image;
+
+/// Clocks of files are coarse, and a write may wait in the kernel between our clock and the file's.
+const SLACK_NS: i64 = 1_000_000_000;
+
+/// Why an image was written by somebody else, judged by the time of our newest write and the size that we know.
+pub(super) fn signs(image: &dyn Image, newest_write_ns: i64, size: Option<u64>) -> Result<Option<String>> {
+    if image.is_block_device() {
+        return Ok(None);
+    }
+    let stamp = image.stamp()?;
+    if size.is_some_and(|size| size != stamp.size) {
+        return Ok(Some(format!("another program made the image {} bytes long", stamp.size)));
+    }
+    let late = stamp.ctime_ns > newest_write_ns.saturating_add(SLACK_NS);
+    Ok(late.then(|| "the image was changed by another program".to_owned()))
+}
+
+impl Disk {
+    /// Looks for a foreign writer, and says and notes it where there is one.
+    pub(super) fn check_foreign(&self) -> Result<()> {
+        if self.foreign_signs()?.is_none() {
+            return Ok(());
+        }
+        // A write of ours that is under way may be ahead of the clock word: none is once the gate is held.
+        let _gate = self.gate.write();
+        let Some(reason) = self.foreign_signs()? else { return Ok(()) };
+        if let Some(layer) = self.chain.load().newest() {
+            self.break_views(layer, &reason);
+        }
+        self.lose_tracking(&reason);
+        // What came so far is noted: the next sign is of another write.
+        self.tracking.note_write();
+        self.set_known_size();
+        Ok(())
+    }
+
+    fn foreign_signs(&self) -> Result<Option<String>> {
+        if self.read_only() {
+            return Ok(None);
+        }
+        signs(&**self.image(), self.tracking.last_write_ns(), Some(self.known_size()))
+    }
+}

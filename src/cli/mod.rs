@@ -99,7 +99,15 @@ impl Command {
 
 /// Parses, runs, reports.
 pub fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(e) if e.use_stderr() => {
+            let text = e.render().to_string();
+            output::complain(&format!("fleecefs: usage: {}", text.strip_prefix("error: ").unwrap_or(&text).trim_end()));
+            return ExitCode::from(2);
+        }
+        Err(e) => e.exit(),
+    };
     match command.run() {
         Ok(Exit::Done) => ExitCode::SUCCESS,
         Ok(Exit::Differs) => ExitCode::from(1),

@@ -63,6 +63,8 @@ pub struct Disk {
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
     flush_failed: AtomicBool,
+    /// What became of the disk's files behind our back, if anything.
+    pub(super) misplaced: Mutex<Option<String>>,
     /// Length of the image's file as far as we made it.
     image_len: AtomicU64,
     opens: AtomicU64,
@@ -108,6 +110,7 @@ impl Disk {
             counters: parts.counters,
             events: parts.events,
             flush_failed: AtomicBool::new(false),
+            misplaced: Mutex::new(None),
             image_len: AtomicU64::new(image_len),
             opens: AtomicU64::new(0),
             origin: parts.origin,

@@ -7,8 +7,10 @@
 //! any to a block device, which has no such time.
 
 use super::disk::Disk;
+use super::recover::SIDECAR;
 use crate::error::Result;
 use crate::image::Image;
+use crate::storage::os::identity;
 
 /// Clocks of files are coarse, and a write may wait in the kernel between our clock and the file's.
 const SLACK_NS: i64 = 1_000_000_000;
@@ -27,8 +29,10 @@ pub(super) fn signs(image: &dyn Image, newest_write_ns: i64, size: Option<u64>) 
 }
 
 impl Disk {
-    /// Looks for a foreign writer, and says and notes it where there is one.
+    /// Looks for a foreign writer, and says and notes it where there is one; also whether the disk's files still have
+    /// their names.
     pub(super) fn check_foreign(&self) -> Result<()> {
+        self.check_names()?;
         if self.foreign_signs()?.is_none() {
             return Ok(());
         }
@@ -50,5 +54,24 @@ impl Disk {
             return Ok(None);
         }
         signs(&**self.image(), self.tracking.last_write_ns(), Some(self.known_size()))
+    }
+
+    /// The image or the state were removed or replaced: what is written goes to files that nobody finds.
+    fn check_names(&self) -> Result<()> {
+        let stamp = self.image().stamp()?;
+        let path = self.image().path();
+        let misplaced = if stamp.dev != 0 && identity(path) != Some((stamp.dev, stamp.ino)) {
+            Some(format!("{} was removed or replaced: what the guest writes is lost at unmount", path.display()))
+        } else if !self.state.exists(SIDECAR)? {
+            Some(format!("{} was removed: changes and snapshots are not saved", self.state.path(SIDECAR).display()))
+        } else {
+            None
+        };
+        let mut known = self.misplaced.lock();
+        if let (None, Some(what)) = (&*known, &misplaced) {
+            log::error!("disk '{}': {what}", self.name());
+        }
+        *known = misplaced;
+        Ok(())
     }
 }

@@ -284,6 +284,9 @@ impl Fleece {
             }
         }
         for disk in self.disks() {
+            if let Some(what) = &*disk.misplaced.lock() {
+                problems.push(format!("disk '{}': {what}", disk.name()));
+            }
             if disk.store_io.nearly_full() {
                 problems.push(format!("disk '{}': its stores are past 80 % of what they may take", disk.name()));
             }

@@ -154,6 +154,11 @@ impl Layer {
         true
     }
 
+    /// Count of lost chunks.
+    pub(super) fn lost_count(&self) -> u64 {
+        self.head[LOST_COUNT].load(Ordering::SeqCst).min(MAX_LOST as u64)
+    }
+
     /// The first lost chunk in a range of set chunks.
     pub(super) fn first_lost(&self, chunks: &Range<u64>) -> Option<u64> {
         let count = (self.head[LOST_COUNT].load(Ordering::SeqCst) as usize).min(MAX_LOST);

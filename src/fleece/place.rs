@@ -12,6 +12,7 @@ use super::Options;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::storage::Dir;
+use crate::storage::device::device_name;
 use crate::storage::dir::{MemDir, OsDir};
 use crate::storage::lock::{FileLock, lock_file};
 use crate::storage::shm::{HeapShmRoot, OsShmRoot, ShmRoot};
@@ -61,7 +62,7 @@ impl Place {
     pub(super) fn of_image(name: &str, image: &dyn Image, options: &Options) -> Result<Self> {
         let state_path = match &options.state_dir {
             Some(dir) => dir.join(format!("{name}.fleece")),
-            None if image.is_block_device() => Path::new(DEVICE_STATE).join(device_id(image.path())),
+            None if image.is_block_device() => device_state(image.path())?,
             None => beside(image.path()),
         };
         let explain = |what: &str, option: &str, e: Error| {
@@ -96,22 +97,20 @@ fn beside(image: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// A name that a block device keeps over reboots: WWN, else partition UUID, else the path's own.
-fn device_id(device: &Path) -> String {
-    let target = device.canonicalize().unwrap_or_else(|_| device.to_owned());
-    let links = [("/dev/disk/by-id", "wwn-"), ("/dev/disk/by-id", "nvme-eui."), ("/dev/disk/by-partuuid", "")];
-    for (dir, prefix) in links {
-        let Ok(entries) = std::fs::read_dir(dir) else { continue };
-        let mut names: Vec<String> = entries
-            .flatten()
-            .filter(|entry| entry.path().canonicalize().is_ok_and(|path| path == target))
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .filter(|name| name.starts_with(prefix))
-            .collect();
-        names.sort();
-        if let Some(name) = names.into_iter().next() {
-            return name;
+/// `/var/lib/fleecefs/ID`. States of devices that were at the same path and are gone for good are removed.
+fn device_state(device: &Path) -> Result<PathBuf> {
+    let base = Path::new(DEVICE_STATE);
+    let name = device_name(device)?;
+    if let (Some(stem), Ok(entries)) = (&name.passing, std::fs::read_dir(base)) {
+        let gone = entries.flatten().filter(|entry| {
+            let other = entry.file_name();
+            other.to_string_lossy().starts_with(stem) && other.to_string_lossy() != name.name.as_str()
+        });
+        for entry in gone {
+            if let Err(e) = std::fs::remove_dir_all(entry.path()) {
+                log::debug!("{}: {e}", entry.path().display());
+            }
         }
     }
-    target.to_string_lossy().trim_start_matches('/').replace('/', "-")
+    Ok(base.join(name.name))
 }

@@ -45,7 +45,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 /// The sidecar's name in the state directory.
-const SIDECAR: &str = "dirty.log";
+pub(super) const SIDECAR: &str = "dirty.log";
 /// What all disks of a mount share.
 pub(super) struct Shared<'a> {
     pub options: &'a Options,
@@ -461,7 +461,11 @@ impl Disk {
                 layer.store.remove_now();
             }
         }
-        self.tracking.shm.remove_all()
+        self.tracking.shm.remove_all()?;
+        match &*self.misplaced.lock() {
+            Some(what) => Err(Error::new(errno::ESTALE, format!("disk '{}'", self.name()), what.clone())),
+            None => Ok(()),
+        }
     }
     /// The recording bitmaps, saved and named in the directory, with the layers that are kept.
     fn save_bitmaps(&self, chain: &Chain, keep_views: bool) -> Result<()> {

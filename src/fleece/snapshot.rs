@@ -199,7 +199,7 @@ impl Fleece {
                 Ok(one) => taking.push(one),
                 Err(e) => {
                     taking.iter().for_each(Taking::forget);
-                    return Err(e.context(format!("snapshot '{}' was not taken", request.name)));
+                    return Err(not_taken(&request.name, e));
                 }
             }
         }
@@ -228,7 +228,7 @@ impl Fleece {
                 self.unsettled.lock().push(failed);
             }
             self.reaper().wake();
-            return Err(e.context(format!("snapshot '{}' was not taken", request.name)));
+            return Err(not_taken(&request.name, e));
         }
         let views = taking
             .iter()
@@ -291,7 +291,8 @@ impl Fleece {
     }
 
     /// Ends a snapshot whose backup succeeded: the view goes, its checkpoint stays and counts as completed; `consumer`
-    /// moves to it. A broken one goes too, but its checkpoint is not completed, and no consumer moves to it (EIO).
+    /// moves to it. One that cannot have been read as a whole
+    /// goes too, but its checkpoint is not completed, and no consumer moves to it (EIO).
     pub fn complete_snapshot(&self, name: &str, consumer: Option<&str>) -> Result<()> {
         let _control = self.control.lock();
         if let Some(consumer) = consumer {
@@ -299,21 +300,22 @@ impl Fleece {
         }
         let snapshot = self.snapshot(name)?;
         self.settle()?;
-        if let (Some(consumer), Some(reason)) = (consumer, snapshot.broken()) {
+        let damage = snapshot.views.iter().find_map(|view| view.damage());
+        if let (Some(consumer), Some(reason)) = (consumer, &damage) {
             return Err(Error::new(
                 errno::EIO,
                 format!("snapshot '{name}'"),
-                format!("consumer '{consumer}' cannot move to it, its view is broken: {reason}"),
+                format!("consumer '{consumer}' cannot move to it: {reason}"),
             )
             .hint("cancel the snapshot and take a new one"));
         }
         let checkpoint = snapshot.uuid;
         let entry = consumer.map(|name| ConsumerEntry { name: name.to_owned(), checkpoint, previous: None });
-        let action = match snapshot.broken() {
+        let action = match damage {
             None => PreparedAction::Complete { checkpoint, consumer: entry },
             Some(reason) => {
                 // Nobody can have read it to its end: its checkpoint stays, but is no reference point.
-                log::warn!("snapshot '{name}' ends broken, its checkpoint does not count as completed: {reason}");
+                log::warn!("the checkpoint of snapshot '{name}' does not count as completed: {reason}");
                 PreparedAction::Cancel { checkpoint }
             }
         };
@@ -459,6 +461,16 @@ impl Taking {
         self.disk.tracking.switch(list);
         self.disk.tracking.forget_words(self.recording.uuid);
     }
+}
+
+/// A file that is missing below is an I/O error here: ENOENT would say that the caller named something unknown.
+fn not_taken(name: &str, e: Error) -> Error {
+    let what = format!("snapshot '{name}' was not taken");
+    if e.errno() == errno::ENOENT {
+        return Error::new(errno::EIO, what, e.to_string())
+            .hint("were its state or store directory removed? unmount and mount again");
+    }
+    e.context(what)
 }
 
 /// The reference point that a new snapshot's map counts from, and why its map says 'everything', where it does.

@@ -130,6 +130,13 @@ impl View {
         self.disk.chain.load().broken(self.layer.seq)
     }
 
+    /// Why the view cannot have been read as a whole: it is broken, or chunks of it are lost.
+    pub(super) fn damage(&self) -> Option<String> {
+        let lost: u64 = self.disk.chain.load().seen_from(self.layer.seq).iter().map(|layer| layer.lost_count()).sum();
+        let lost = (lost > 0).then(|| format!("{lost} chunk(s) of disk '{}' could not be read", self.disk.name()));
+        self.broken().or(lost)
+    }
+
     /// Bytes that the store of this view's layer takes.
     pub fn store_bytes(&self) -> u64 {
         self.layer.store.bytes()

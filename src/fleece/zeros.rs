@@ -1,20 +1,23 @@
-//! Which chunks of a view are known to read as zeros: decided once, at the first question, and never changed.
+//! Which parts of a view are known to read as zeros: decided once, at the first question, and never changed.
 //!
 //! Allocation alone tells it, and allocation changes under a view: a chunk that was stored as zeros becomes a hole when
-//! it is preserved. So the first question walks the view once and keeps the answer in `layers/LAYER/zeros`, one bit a
-//! chunk, least significant bit first, bit set where the whole chunk is a hole. The file is complete before it gets its
-//! name, and lives as long as the layer, also over kill -9. Memory: one window of 64 KiB.
+//! it is preserved. So the first question walks the view once and keeps the answer in `layers/LAYER/zeros`: the offsets
+//! in bytes, 64 bits each, little-endian, ascending, at which whole chunks of holes begin and end, in turn. The file is
+//! complete before it gets its name, and lives as long as the layer, also over kill -9. Memory: one window of 64 KiB.
 
 use super::store::{StoreIo, layer_dir};
 use super::view::View;
 use crate::error::Result;
 use crate::storage::SharedStorage;
 use crate::sync::Mutex;
+use crate::units::{round_down, round_up};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Bytes of bits that are read or written at a time: 512 Ki chunks.
-const WINDOW_BYTES: usize = 64 << 10;
+/// Bytes of one offset in the file.
+const ENTRY_BYTES: u64 = 8;
+/// Bytes that are read or written at a time.
+const WINDOW_BYTES: u64 = 64 << 10;
 
 /// The place of a view's zero map.
 #[derive(Debug)]
@@ -29,8 +32,9 @@ pub(super) struct Zeros {
 pub(super) struct ZeroMap {
     /// None: nothing is known to be zero (the view broke before anybody asked).
     file: Option<SharedStorage>,
+    /// Count of offsets in the file.
+    entries: u64,
     io: Arc<StoreIo>,
-    chunk: u64,
     size: u64,
 }
 
@@ -55,7 +59,14 @@ impl Zeros {
             None if view.broken().is_some() => None,
             None => Some(self.make(view, &name)?),
         };
-        let map = Arc::new(ZeroMap { file, io: self.io.clone(), chunk: view.layer.chunk, size: view.size() });
+        let entries = match &file {
+            Some(file) => {
+                let file = file.clone();
+                self.io.run("look at the zero map", move |_| file.len())? / ENTRY_BYTES
+            }
+            None => 0,
+        };
+        let map = Arc::new(ZeroMap { file, entries, io: self.io.clone(), size: view.size() });
         *made = Some(map.clone());
         Ok(map)
     }
@@ -69,47 +80,65 @@ impl Zeros {
                 io.dir.create(&new_name)
             }
         })?;
-        let chunk = view.layer.chunk;
-        let window_chunks = WINDOW_BYTES as u64 * 8;
-        let mut first = 0;
-        while first < view.layer.chunks() {
-            let bits = window_bits(view, first, window_chunks.min(view.layer.chunks() - first), chunk)?;
-            if bits.iter().any(|&byte| byte != 0) {
-                let file = file.clone();
-                self.io.run("write the zero map", move |_| file.write_at(&bits, first / 8))?;
+        let mut out = Writer { io: &self.io, file: &file, buffer: Vec::new(), written: 0 };
+        let mut pending: Option<(u64, u64)> = None;
+        let mut at = 0;
+        while at < view.size() {
+            let run = view.block_status(at, view.size() - at)?;
+            let end = at + run.len.max(1);
+            // Only whole chunks; the last one of the disk may be short.
+            let whole_end = if end >= view.size() { view.size() } else { round_down(end, view.layer.chunk) };
+            let whole = (round_up(at, view.layer.chunk), whole_end);
+            at = end;
+            if !run.zero || whole.0 >= whole.1 {
+                continue;
             }
-            first += window_chunks;
+            match &mut pending {
+                Some(last) if last.1 == whole.0 => last.1 = whole.1,
+                _ => {
+                    out.run(pending.replace(whole))?;
+                }
+            }
         }
+        out.run(pending)?;
+        out.flush()?;
         let (from, to) = (new_name, name.to_owned());
         self.io.run("keep the zero map", move |io| io.dir.rename(&from, &to))?;
         Ok(file)
     }
 }
 
-/// The bits of `count` chunks from `first` on.
-fn window_bits(view: &View, first: u64, count: u64, chunk: u64) -> Result<Vec<u8>> {
-    let mut bits = vec![0_u8; count.div_ceil(8) as usize];
-    let end = ((first + count) * chunk).min(view.size());
-    let mut at = first * chunk;
-    while at < end {
-        let run = view.block_status(at, end - at)?;
-        let run_end = at + run.len.max(1);
-        if run.zero {
-            let last = if run_end >= view.size() { run_end.div_ceil(chunk) } else { run_end / chunk };
-            for index in at.div_ceil(chunk)..last {
-                let bit = (index - first) as usize;
-                bits[bit / 8] |= 1 << (bit % 8);
-            }
-        }
-        at = run_end;
+/// Appends offsets to a new zero map.
+struct Writer<'a> {
+    io: &'a Arc<StoreIo>,
+    file: &'a SharedStorage,
+    buffer: Vec<u8>,
+    written: u64,
+}
+
+impl Writer<'_> {
+    fn run(&mut self, run: Option<(u64, u64)>) -> Result<()> {
+        let Some((start, end)) = run else { return Ok(()) };
+        self.buffer.extend_from_slice(&start.to_le_bytes());
+        self.buffer.extend_from_slice(&end.to_le_bytes());
+        if self.buffer.len() as u64 >= WINDOW_BYTES { self.flush() } else { Ok(()) }
     }
-    Ok(bits)
+
+    fn flush(&mut self) -> Result<()> {
+        let bytes = std::mem::take(&mut self.buffer);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let (file, at) = (self.file.clone(), self.written);
+        self.written += bytes.len() as u64;
+        self.io.run("write the zero map", move |_| file.write_at(&bytes, at))
+    }
 }
 
 impl ZeroMap {
     /// A reader of the map, for walking on from some place.
     pub(super) fn cursor(self: &Arc<Self>) -> ZeroCursor {
-        ZeroCursor { map: self.clone(), window: Vec::new(), first_byte: 0 }
+        ZeroCursor { map: self.clone(), window: Vec::new(), window_start: 0, passed: 0 }
     }
 }
 
@@ -118,47 +147,53 @@ impl ZeroMap {
 pub struct ZeroCursor {
     map: Arc<ZeroMap>,
     window: Vec<u8>,
-    first_byte: u64,
+    /// Byte of the file at which the window starts.
+    window_start: u64,
+    /// Count of offsets at or before the place that was asked for last.
+    passed: u64,
 }
 
 impl ZeroCursor {
-    /// Whether the chunk at `offset` is known to read as zeros, and for how many bytes (at most `len`) that holds on.
+    /// Whether the byte at `offset` is known to read as zero, and for how many bytes (at most `len`) that holds on.
     pub fn run(&mut self, offset: u64, len: u64) -> Result<(bool, u64)> {
         let end = (offset + len).min(self.map.size);
-        if self.map.file.is_none() {
-            return Ok((false, end.saturating_sub(offset)));
+        let here = self.passed > 0 && self.entry(self.passed - 1)? > offset;
+        let far = self.entry(self.passed)? <= offset && self.entry(self.passed + 1)? <= offset;
+        if here || far {
+            self.passed = self.search(offset)?;
+        } else if self.entry(self.passed)? <= offset {
+            self.passed += 1;
         }
-        let chunk = self.map.chunk;
-        let state = self.bit(offset / chunk)?;
-        let mut index = offset / chunk + 1;
-        while index * chunk < end && self.bit(index)? == state {
-            index += 1;
-            // Whole bytes of one state are stepped over at once.
-            let same = if state { 0xff } else { 0 };
-            while index.is_multiple_of(8) && index * chunk < end && self.byte(index / 8)? == same {
-                index += 8;
-            }
-        }
-        Ok((state, (index * chunk).min(end).saturating_sub(offset)))
+        let run_end = self.entry(self.passed)?.min(end);
+        Ok((self.passed % 2 == 1, run_end.saturating_sub(offset)))
     }
 
-    fn bit(&mut self, index: u64) -> Result<bool> {
-        Ok(self.byte(index / 8)? >> (index % 8) & 1 == 1)
+    /// Count of offsets at or before `offset`.
+    fn search(&mut self, offset: u64) -> Result<u64> {
+        let (mut low, mut high) = (0, self.map.entries);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.entry(middle)? <= offset { low = middle + 1 } else { high = middle }
+        }
+        Ok(low)
     }
 
-    fn byte(&mut self, byte: u64) -> Result<u8> {
-        let inside = byte.checked_sub(self.first_byte).and_then(|at| self.window.get(at as usize).copied());
-        if let Some(value) = inside {
-            return Ok(value);
+    /// One offset; past the last one, the end of all disks.
+    fn entry(&mut self, index: u64) -> Result<u64> {
+        let Some(file) = self.map.file.clone().filter(|_| index < self.map.entries) else { return Ok(u64::MAX) };
+        let at = index * ENTRY_BYTES;
+        if !(self.window_start..self.window_start + self.window.len() as u64).contains(&at) {
+            let start = at - at % WINDOW_BYTES;
+            let len = WINDOW_BYTES.min(self.map.entries * ENTRY_BYTES - start) as usize;
+            self.window = self.map.io.run("read the zero map", move |_| {
+                let mut window = vec![0; len];
+                file.read_at(&mut window, start)?;
+                Ok(window)
+            })?;
+            self.window_start = start;
         }
-        let Some(file) = self.map.file.clone() else { return Ok(0) };
-        let first = byte - byte % WINDOW_BYTES as u64;
-        self.window = self.map.io.run("read the zero map", move |_| {
-            let mut window = vec![0; WINDOW_BYTES];
-            file.read_at(&mut window, first)?;
-            Ok(window)
-        })?;
-        self.first_byte = first;
-        Ok(self.window.get((byte - first) as usize).copied().unwrap_or(0))
+        let from = (at - self.window_start) as usize;
+        let bytes = self.window.get(from..from + ENTRY_BYTES as usize).and_then(|bytes| bytes.try_into().ok());
+        Ok(bytes.map_or(u64::MAX, u64::from_le_bytes))
     }
 }

@@ -449,7 +449,17 @@ impl Filesystem for Adapter {
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         caught("statfs", || {
             let statfs = self.tree.statfs();
-            reply.statfs(statfs.blocks, 0, 0, 0, 0, statfs.block, statfs.name_len, statfs.block);
+            // All of it free: nothing here fills up, and who watches for full file systems need not wake anybody.
+            reply.statfs(
+                statfs.blocks,
+                statfs.blocks,
+                statfs.blocks,
+                0,
+                0,
+                statfs.block,
+                statfs.name_len,
+                statfs.block,
+            );
         });
     }
 

@@ -12,6 +12,7 @@ pub mod bounded;
 pub mod buffer;
 pub mod clock;
 pub mod crash;
+pub mod device;
 pub mod dir;
 pub mod faulty;
 pub mod lock;

@@ -255,6 +255,11 @@ impl OsFile {
     }
 }
 
+/// Device and inode of what a path names now.
+pub fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
 impl Storage for OsFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         end_of("read", &self.path, offset, buf.len() as u64)?;

@@ -154,3 +154,65 @@ fn an_image_without_room_gives_the_guest_enospc_and_nothing_latches() {
     drop(guest);
     mount.umount();
 }
+
+#[test]
+fn a_state_directory_that_was_removed_is_a_problem_and_the_unmount_says_so() {
+    requires!();
+    let rig = Rig::new();
+    let image = rig.image("vda", 1);
+    let mount = rig.mount([&image]);
+    mount.snap("a");
+    fs::remove_dir_all(image.with_extension("raw.fleece")).unwrap();
+    refused(&mount.run("snapshot create", args!["b"]), 2, &["'b'", "not taken"]);
+    mount.guest("vda").write_all_at(b"the guest goes on", 0).unwrap();
+    has_problem(&mount, "removed");
+    refused(&mount.run("umount", args![]), 2, &["vda"]);
+}
+
+#[test]
+fn an_image_that_was_replaced_is_a_problem_and_the_unmount_says_so() {
+    requires!();
+    let rig = Rig::new();
+    let image = rig.image("vda", 1);
+    let mount = rig.mount([&image]);
+    let other = rig.image("other", 1);
+    fs::rename(&other, &image).unwrap();
+    mount.guest("vda").write_all_at(b"the guest goes on", 0).unwrap();
+    eventually("the daemon sees it", || {
+        mount.status()["problems"].as_array().is_some_and(|problems| !problems.is_empty())
+    });
+    has_problem(&mount, "replaced");
+    refused(&mount.run("umount", args![]), 2, &["replaced"]);
+}
+
+#[test]
+fn the_manuals_backup_script_does_not_take_a_failed_copy_for_a_good_one() {
+    requires!("ddrescue", "ddrescuelog", "sh");
+    let rig = Rig::new();
+    let mount = rig.mount([full_image(&rig, 4)]);
+    let script = format!(
+        "set -e; cd {dir}; mnt={mnt}; fleecefs={program}
+         $fleecefs snapshot create $mnt \"$1\" --since @daily || [ $? = 3 ]
+         [ \"$2\" = whole ] || fallocate -p -o 65536 -l 65536 $mnt/snapshots/\"$1\"/vda/release.raw
+         $fleecefs map $mnt \"$1\" vda --output ddrescue > domain || [ $? = 3 ]
+         rm -f log
+         if ddrescue -q --domain-mapfile=domain $mnt/snapshots/\"$1\"/vda.raw copy log &&
+            ddrescuelog --domain-mapfile=domain --done-status log
+         then $fleecefs snapshot complete $mnt \"$1\" --consumer daily
+         else $fleecefs snapshot cancel $mnt \"$1\"; exit 1
+         fi",
+        dir = rig.path(".").display(),
+        mnt = mount.path(".").display(),
+        program = env!("CARGO_BIN_EXE_fleecefs"),
+    );
+    let run = |name: &str, how: &str| tool("sh").args(["-c", &script, "backup", name, how]).output().unwrap();
+    let copied = || fs::read(rig.path("copy")).unwrap() == fs::read(mount.live("vda")).unwrap();
+    let first = run("one", "whole");
+    assert!(first.status.success() && copied(), "{}", stderr(&first));
+    mount.guest("vda").write_all_at(&[1; 200_000], 0).unwrap();
+    assert_eq!(run("two", "unreadable").status.code(), Some(1));
+    assert_eq!(mount.status()["consumers"][0]["checkpoint"], "one");
+    let third = run("three", "whole");
+    assert!(third.status.success() && copied(), "{}", stderr(&third));
+    assert_eq!(mount.status()["consumers"][0]["checkpoint"], "three");
+}

@@ -29,6 +29,9 @@ fn identity(metadata: &Metadata) -> Identity {
 /// The path from the root with every symbolic link resolved, as far as it exists; what does not exist yet, or cannot
 /// be asked (a dead mount), keeps its name behind its resolved parent.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::new(errno::EINVAL, "path ''", "it is empty"));
+    }
     if let Ok(resolved) = fs::canonicalize(path) {
         return Ok(resolved);
     }

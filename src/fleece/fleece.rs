@@ -3,7 +3,7 @@
 use super::counters::{Counter, Counters};
 use super::disk::Disk;
 use super::events::{Event, Events};
-use super::place::{Environment, Place};
+use super::place::{Environment, Place, while_busy};
 use super::snapshot::{FailedSnapshot, Snapshot};
 use super::store::StoreSpace;
 use super::transaction::{self, Part};
@@ -12,6 +12,7 @@ use super::{DiskSpec, Options};
 use crate::bitmap::PreparedAction;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
+use crate::image::raw::RawImage;
 use crate::sync::{Mutex, RwLock};
 use crate::units::check_disk_name;
 use std::collections::BTreeMap;
@@ -158,7 +159,7 @@ impl Fleece {
     pub fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
         let name = name_of(spec)?;
         self.check_new_disk(&name)?;
-        let image = crate::image::raw::RawImage::open(&spec.file, spec.read_only, self.options.cache)?;
+        let image = while_busy(|| RawImage::open(&spec.file, spec.read_only, self.options.cache))?;
         let image: Arc<dyn Image> = Arc::new(image);
         self.check_image_once(&*image)?;
         let place = if spec.read_only { Place::in_memory() } else { Place::of_image(&name, &*image, &self.options)? };

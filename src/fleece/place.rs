@@ -18,9 +18,14 @@ use crate::storage::lock::{FileLock, lock_file};
 use crate::storage::shm::{HeapShmRoot, OsShmRoot, ShmRoot};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Where block devices' state lies, unless told otherwise.
 const DEVICE_STATE: &str = "/var/lib/fleecefs";
+
+/// How long a lock that somebody holds is asked for, and how often.
+const BUSY_GRACE: Duration = Duration::from_secs(1);
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a mount runs on: the host, or memory in tests.
 #[derive(Debug, Clone)]
@@ -69,7 +74,7 @@ impl Place {
             e.context(format!("{what} of disk '{name}'")).hint(format!("give a writable directory with {option} DIR"))
         };
         let state = OsDir::create(&state_path).map_err(|e| explain("state directory", "--state-dir", e))?;
-        let lock = lock_file(&state_path.join("lock")).map_err(|e| {
+        let lock = while_busy(|| lock_file(&state_path.join("lock"))).map_err(|e| {
             if e.errno() == errno::EBUSY {
                 Error::new(errno::EBUSY, format!("disk '{name}'"), "another fleecefs serves this image")
                     .at_path(image.path())
@@ -87,6 +92,18 @@ impl Place {
             }
         };
         Ok(Place { state, stores, shm: None, lock: Some(lock) })
+    }
+}
+
+/// Tries again for a second while somebody else holds a lock: a daemon that was killed a moment ago lets go only when
+/// the kernel has ended it.
+pub(super) fn while_busy<T>(take: impl Fn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + BUSY_GRACE;
+    loop {
+        match take() {
+            Err(e) if e.errno() == errno::EBUSY && Instant::now() < deadline => std::thread::sleep(BUSY_PAUSE),
+            done => return done,
+        }
     }
 }
 

@@ -38,7 +38,7 @@ use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::storage::clock::{now_coarse_ns, now_ns};
 use crate::storage::shm::ShmRoot;
-use crate::storage::{Dir, Shm, Stamp};
+use crate::storage::{Dir, OsDir, Shm, Stamp};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -69,9 +69,13 @@ enum Found {
 }
 
 /// Opens the state of one disk, recovers what can be believed, and makes the disk.
-pub(super) fn open(name: &str, image: Arc<dyn Image>, place: Place, shared: Shared<'_>) -> Result<Disk> {
+pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: Shared<'_>) -> Result<Disk> {
     let root = place.shm.clone().unwrap_or_else(|| shared.env.shm.clone());
     let (sidecar, found) = open_sidecar(name, &*image, &*place.state, &*root)?;
+    if let Some(dir) = stores_in_use(&sidecar.directory(), &*place.stores) {
+        log::warn!("disk '{name}': stores stay in {} while it has snapshots there", dir.path("").display());
+        place.stores = dir;
+    }
     let store_io = store_io(name, &place, &shared);
     let nonce = Uuid::new_v4();
     let shm: Arc<dyn Shm> = Arc::from(root.create(&nonce.to_string())?);
@@ -126,6 +130,16 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, place: Place, shared: Shar
         lock: place.lock,
     };
     Ok(Disk::new(parts, shared.options))
+}
+
+/// Where the stores of recorded layers are, if elsewhere than in `stores`.
+fn stores_in_use(directory: &Directory, stores: &dyn Dir) -> Option<Arc<dyn Dir>> {
+    let recorded = &directory.layers.first()?.store;
+    if *recorded == stores.path("") {
+        return None;
+    }
+    let dir = OsDir::open(recorded).inspect_err(|e| log::warn!("stores of snapshots are not found: {e}")).ok()?;
+    Some(Arc::new(dir))
 }
 
 fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {

@@ -167,6 +167,8 @@ fn mount_error(e: io::Error) -> Error {
     let error = Error::io("mount", e);
     match kind {
         io::ErrorKind::NotFound => error.hint("needs /dev/fuse (modprobe fuse) and, for users, fusermount3"),
+        io::ErrorKind::InvalidInput => Error::new(error.errno(), "mount", "the kernel refuses the options")
+            .hint("is there one behind -o that FUSE does not know?"),
         io::ErrorKind::PermissionDenied => error.hint("needs root, or fusermount3 and access to /dev/fuse"),
         _ => error,
     }

@@ -394,7 +394,16 @@ impl Host for Daemon {
 struct PidFile(PathBuf);
 
 impl PidFile {
+    /// Takes a path that is free, or holds what a killed daemon left: a number and nothing else.
     fn write(path: &Path) -> Result<PidFile> {
+        match fs::metadata(path) {
+            Ok(meta) if !meta.is_file() || meta.len() > 20 || !holds_pid(path) => {
+                return Err(Error::new(errno::EEXIST, "pid file", "the file is there and holds something else")
+                    .at_path(path)
+                    .hint("give --pidfile a path that is free"));
+            }
+            _ => {}
+        }
         // For anybody to read, whatever the mask.
         fs::write(path, format!("{}\n", std::process::id()))
             .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o644)))
@@ -403,8 +412,15 @@ impl PidFile {
     }
 }
 
+fn holds_pid(path: &Path) -> bool {
+    fs::read_to_string(path).is_ok_and(|text| text.trim_end().parse::<u32>().is_ok() || text.is_empty())
+}
+
 impl Drop for PidFile {
     fn drop(&mut self) {
+        if !holds_pid(&self.0) {
+            return;
+        }
         if let Err(e) = fs::remove_file(&self.0) {
             log::warn!("{}", Error::io("remove pid file", e).at_path(&self.0));
         }
@@ -431,6 +447,14 @@ mod tests {
         drop(file);
         assert!(!path.exists());
         assert!(PidFile::write(&dir.path().join("no/pid")).is_err());
+        for precious in ["an image\n", "12345678901234567890123456789"] {
+            fs::write(&path, precious).unwrap();
+            assert_eq!(PidFile::write(&path).err().unwrap().errno(), errno::EEXIST);
+            assert_eq!(fs::read_to_string(&path).unwrap(), precious);
+        }
+        fs::write(&path, "4711\n").unwrap();
+        drop(PidFile::write(&path).unwrap());
+        assert!(!path.exists());
     }
 
     #[test]

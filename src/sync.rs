@@ -1,5 +1,5 @@
 //! Synchronisation primitives of the core: parking_lot's and std's in the product, shuttle's under
-//! `--features shuttle`, so that the concurrency tests drive the very code that ships.
+//! `--features shuttle` and loom's under `--cfg loom`, so that the concurrency tests drive the very code that ships.
 //!
 //! Lock ranks, taken in this order only (a lock is never waited for while one further down is held):
 //! 1. control (one snapshot, checkpoint or consumer operation at a time)
@@ -9,7 +9,7 @@
 //! 5. chain edit, sidecar directory
 //! 6. everything else (leaf locks, held for a few instructions and never across I/O)
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "shuttle", loom)))]
 mod imp {
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
     pub use std::sync::atomic;
@@ -37,24 +37,29 @@ mod imp {
     }
 }
 
-#[cfg(feature = "shuttle")]
+#[cfg(any(feature = "shuttle", loom))]
 mod imp {
-    pub use shuttle::sync::atomic;
-    pub use shuttle::thread;
+    #[cfg(loom)]
+    use loom as explorer;
+    #[cfg(not(loom))]
+    use shuttle as explorer;
+
+    pub use explorer::sync::atomic;
+    pub use explorer::thread;
     use std::ops::{Deref, DerefMut};
     use std::sync::Arc;
 
-    /// shuttle's mutex with parking_lot's signatures (a poisoned lock is a failed test).
+    /// The explorer's mutex with parking_lot's signatures (a poisoned lock is a failed test).
     #[derive(Debug, Default)]
-    pub struct Mutex<T>(shuttle::sync::Mutex<T>);
+    pub struct Mutex<T>(explorer::sync::Mutex<T>);
     /// See [`Mutex`].
-    pub type MutexGuard<'a, T> = shuttle::sync::MutexGuard<'a, T>;
+    pub type MutexGuard<'a, T> = explorer::sync::MutexGuard<'a, T>;
 
     #[allow(clippy::unwrap_used)]
     impl<T> Mutex<T> {
         /// A free lock around `value`.
         pub fn new(value: T) -> Self {
-            Mutex(shuttle::sync::Mutex::new(value))
+            Mutex(explorer::sync::Mutex::new(value))
         }
         /// Waits for the lock.
         pub fn lock(&self) -> MutexGuard<'_, T> {
@@ -62,18 +67,18 @@ mod imp {
         }
     }
 
-    /// shuttle's reader-writer lock with parking_lot's signatures.
+    /// The explorer's reader-writer lock with parking_lot's signatures.
     #[derive(Debug, Default)]
-    pub struct RwLock<T>(shuttle::sync::RwLock<T>);
+    pub struct RwLock<T>(explorer::sync::RwLock<T>);
     /// See [`RwLock`].
-    pub struct RwLockReadGuard<'a, T>(shuttle::sync::RwLockReadGuard<'a, T>);
+    pub struct RwLockReadGuard<'a, T>(explorer::sync::RwLockReadGuard<'a, T>);
     /// See [`RwLock`].
-    pub struct RwLockWriteGuard<'a, T>(shuttle::sync::RwLockWriteGuard<'a, T>);
+    pub struct RwLockWriteGuard<'a, T>(explorer::sync::RwLockWriteGuard<'a, T>);
 
     impl<T> RwLock<T> {
         /// A free lock around `value`.
         pub fn new(value: T) -> Self {
-            RwLock(shuttle::sync::RwLock::new(value))
+            RwLock(explorer::sync::RwLock::new(value))
         }
         /// Waits for a shared hold.
         pub fn read(&self) -> RwLockReadGuard<'_, T> {

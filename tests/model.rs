@@ -18,7 +18,11 @@ const DISK_BYTES: u64 = machine::DISK_BYTES;
 
 /// 150 sequences of up to 60 operations, unless the environment asks for more.
 fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(150)
+    number("PROPTEST_CASES", 150)
+}
+
+fn number(variable: &str, default: u32) -> u32 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
@@ -44,17 +48,24 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..2_usize, 0..4_usize).prop_map(|(disk, step)| Op::Resize { disk, step }),
         3 => Just(Op::Reap),
         1 => Just(Op::Kill),
-        1 => any::<bool>().prop_map(|keep| Op::CleanStop { keep }),
+        1 => any::<bool>().prop_map(|keep| Op::CleanStop { keep, foreign: None }),
+        1 => (any::<bool>(), 0..2_usize, 1..9000_u64)
+            .prop_map(|(keep, disk, len)| Op::CleanStop { keep, foreign: Some((disk, len)) }),
         1 => Just(Op::PowerLoss),
         1 => (1..4_u64).prop_map(|nth| Op::FailStore { nth }),
-        1 => (1..6_u64).prop_map(|nth| Op::FailState { nth }),
+        1 => (1..6_u64, 1..8_u64).prop_map(|(nth, count)| Op::FailState { nth, count }),
         1 => (0..DISK_BYTES / 4096).prop_map(|chunk| Op::BadSector { chunk }),
         1 => (0..8_usize).prop_map(|which| Op::LookAtMap { which }),
     ]
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: cases(),
+        max_shrink_iters: number("PROPTEST_MAX_SHRINK_ITERS", 4000),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn every_view_and_map_agrees_with_the_model(ops in proptest::collection::vec(op(), 1..60), fail_write in any::<bool>()) {

@@ -73,6 +73,9 @@ impl Place {
         let explain = |what: &str, option: &str, e: Error| {
             e.context(format!("{what} of disk '{name}'")).hint(format!("give a writable directory with {option} DIR"))
         };
+        for (dir, option) in [(&options.state_dir, "--state-dir"), (&options.store_dir, "--store-dir")] {
+            check_parent(dir.as_deref(), option)?;
+        }
         let state = OsDir::create(&state_path).map_err(|e| explain("state directory", "--state-dir", e))?;
         let lock = while_busy(|| lock_file(&state_path.join("lock"))).map_err(|e| {
             if e.errno() == errno::EBUSY {
@@ -92,6 +95,17 @@ impl Place {
             }
         };
         Ok(Place { state, stores, shm: None, lock: Some(lock) })
+    }
+}
+
+/// A directory that is given is made, but not what leads to it: that would hide a slip of the pen, or a file system
+/// that is not mounted.
+fn check_parent(dir: Option<&Path>, option: &str) -> Result<()> {
+    match dir.and_then(Path::parent) {
+        Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
+            Err(Error::new(errno::EINVAL, option, "no such directory").at_path(parent).hint("make it with mkdir"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -16,10 +16,10 @@
 use crate::error::Result;
 use std::time::Duration;
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "shuttle", loom)))]
 pub use pool::Bounded;
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "shuttle", loom)))]
 mod pool {
     use super::{Duration, Result};
     use crate::error::{Error, errno};
@@ -301,12 +301,12 @@ mod pool {
     }
 }
 
-/// Stands in for the pool where shuttle schedules the threads: runs every job at once, in the caller.
-#[cfg(feature = "shuttle")]
+/// Stands in for the pool where shuttle or loom schedules the threads: runs every job at once, in the caller.
+#[cfg(any(feature = "shuttle", loom))]
 #[derive(Debug)]
 pub struct Bounded;
 
-#[cfg(feature = "shuttle")]
+#[cfg(any(feature = "shuttle", loom))]
 impl Bounded {
     /// See the product's `Bounded`.
     pub fn new(_name: &str, _timeout: Duration, _max_threads: usize) -> Self {

@@ -36,7 +36,7 @@ pub struct Words(Memory);
 #[derive(Clone)]
 enum Memory {
     Heap(Arc<[AtomicU64]>),
-    #[cfg(not(feature = "shuttle"))]
+    #[cfg(not(any(feature = "shuttle", loom)))]
     Mapped {
         map: Arc<memmap2::MmapRaw>,
         count: usize,
@@ -50,7 +50,7 @@ impl Words {
     }
 
     /// Maps a file of tmpfs, every page of which is allocated.
-    #[cfg(not(feature = "shuttle"))]
+    #[cfg(not(any(feature = "shuttle", loom)))]
     fn mapped(file: &File, count: usize, path: &Path) -> Result<Self> {
         if count == 0 {
             return Ok(Words::heap(0));
@@ -62,10 +62,10 @@ impl Words {
         Ok(Words(Memory::Mapped { map: Arc::new(map), count }))
     }
 
-    /// shuttle's atomics cannot lie in mapped memory.
-    #[cfg(feature = "shuttle")]
+    /// The atomics of an explorer cannot lie in mapped memory.
+    #[cfg(any(feature = "shuttle", loom))]
     fn mapped(_file: &File, _count: usize, path: &Path) -> Result<Self> {
-        Err(Error::new(errno::ENOSYS, "map", "not under shuttle").at_path(path))
+        Err(Error::new(errno::ENOSYS, "map", "not under shuttle or loom").at_path(path))
     }
 }
 
@@ -75,7 +75,7 @@ impl Deref for Words {
     fn deref(&self) -> &[AtomicU64] {
         match &self.0 {
             Memory::Heap(words) => words,
-            #[cfg(not(feature = "shuttle"))]
+            #[cfg(not(any(feature = "shuttle", loom)))]
             // SAFETY: the mapping is page-aligned, at least `count` words long (`mapped` made it so), readable and
             // writable, and lives as long as `self`. AtomicU64 has the layout of u64, every bit pattern is valid, and
             // this program touches the memory through these atomics only, in every process that maps it.

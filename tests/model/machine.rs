@@ -63,17 +63,20 @@ pub enum Op {
     },
     Reap,
     Kill,
+    /// `foreign`: another program writes that many bytes at the start of a disk before the next mount.
     CleanStop {
         keep: bool,
+        foreign: Option<(usize, u64)>,
     },
     PowerLoss,
     /// The n-th write to a store from now on fails once.
     FailStore {
         nth: u64,
     },
-    /// The n-th write to the state from now on fails once.
+    /// The n-th write to the state from now on fails, and so many that follow.
     FailState {
         nth: u64,
+        count: u64,
     },
     /// A chunk of disk a cannot be read until it is overwritten.
     BadSector {
@@ -156,21 +159,31 @@ impl Machine {
             Op::Resize { disk, step } => self.resize(disk, step),
             Op::Reap => self.fleece.reap(),
             Op::Kill => self.remount(),
-            Op::CleanStop { keep } => self.clean_stop(keep),
+            Op::CleanStop { keep, foreign } => self.clean_stop(keep, foreign),
             Op::PowerLoss => self.power_loss(),
             Op::FailStore { nth } => {
                 let faults = &self.host.store_faults;
                 faults.fail_nth(Call::Write, faults.calls(Call::Write) + nth, errno::EIO);
                 self.store_fault = true;
             }
-            Op::FailState { nth } => {
+            Op::FailState { nth, count } => {
                 let faults = &self.host.state_faults;
-                faults.fail_nth(Call::Write, faults.calls(Call::Write) + nth, errno::EIO);
+                let first = faults.calls(Call::Write) + nth;
+                (first..first + count).for_each(|nth| faults.fail_nth(Call::Write, nth, errno::EIO));
                 self.state_fault = true;
             }
             Op::BadSector { chunk } => self.bad_sector(chunk),
             Op::LookAtMap { which } => self.look_at_map(which),
         }
+        if self.has_ghosts() {
+            // Any operation may have taken them back.
+            self.adopt_state();
+        }
+    }
+
+    /// Refused snapshots may still stand in directories.
+    fn has_ghosts(&self) -> bool {
+        self.models.iter().any(|model| !model.ghosts.is_empty())
     }
 
     fn write(&mut self, disk: usize, offset: u64, len: u64, byte: u8) {
@@ -246,7 +259,10 @@ impl Machine {
                 assert!(self.store_fault, "a view broke without a fault");
                 frozen.broken = true;
             }
-            let touched = offset / CHUNK..(offset + len).div_ceil(CHUNK);
+        }
+        let touched = offset / CHUNK..(offset + len).div_ceil(CHUNK);
+        let model = &mut self.models[disk];
+        for frozen in model.frozen.iter_mut().chain(&mut model.ghosts) {
             frozen.lost.extend(before.bad.iter().filter(|chunk| touched.contains(chunk)));
         }
         self.arm_bad(disk);
@@ -269,6 +285,8 @@ impl Machine {
         let name = format!("s{}", self.serial);
         let chosen: Vec<usize> = if disks == 0 { vec![0, 1] } else { vec![disks - 1] };
         let since = match since {
+            // What is about to be taken back is no checkpoint to count from.
+            _ if self.has_ghosts() => None,
             2 => self.models[chosen[0]].points.first().map(|point| Since::Checkpoint(point.name.clone())),
             3 => Some(Since::Consumer("c".to_owned())),
             _ => None,
@@ -296,6 +314,10 @@ impl Machine {
             }
             Err(e) => {
                 assert!(self.any_fault(), "{e}");
+                for (disk, reference) in chosen.into_iter().zip(references) {
+                    let ghost = self.models[disk].frozen_now(&name, reference);
+                    self.models[disk].ghosts.push(ghost);
+                }
                 self.adopt_state();
             }
         }
@@ -333,6 +355,15 @@ impl Machine {
         let checkpoints = self.fleece.checkpoints();
         let consumers = self.fleece.consumers();
         for (disk, model) in self.models.iter_mut().enumerate() {
+            for mut ghost in model.ghosts.clone() {
+                let row = checkpoints.iter().find(|row| row.name == ghost.name);
+                if row.is_some_and(|row| row.disks.iter().any(|row| row.disk == NAMES[disk])) {
+                    let snapshot = self.fleece.snapshot(&ghost.name).ok();
+                    let view = snapshot.as_ref().and_then(|snapshot| snapshot.view(NAMES[disk]).ok());
+                    ghost.broken = self.store_fault && view.is_some_and(|view| view.broken().is_some());
+                    model.return_ghost(ghost, view.is_some());
+                }
+            }
             for point in &mut model.points {
                 let row = checkpoints.iter().find(|row| row.name == point.name);
                 let row = row.and_then(|row| row.disks.iter().find(|row| row.disk == NAMES[disk]));
@@ -450,16 +481,26 @@ impl Machine {
         self.fleece = self.host.mount(&self.options);
         // A change that a fault stopped half-way may have been settled either way.
         self.adopt_state();
+        self.models.iter_mut().for_each(|model| model.ghosts.clear());
         (self.store_fault, self.state_fault) = (false, false);
     }
 
-    fn clean_stop(&mut self, keep: bool) {
+    fn clean_stop(&mut self, keep: bool, foreign: Option<(usize, u64)>) {
         // A fault that is still armed, or a latched one, would stop the close: that is a kill.
         self.remount();
         self.fleece = self.host.mount(&Options { keep_snapshots: keep, ..self.options.clone() });
         self.fleece.close().unwrap();
         if !keep {
             self.models.iter_mut().for_each(|model| model.frozen.clear());
+        }
+        if let Some((disk, len)) = foreign {
+            self.host.images[disk].write_at(&vec![0xf0; len as usize], 0).unwrap();
+            let model = &mut self.models[disk];
+            model.change(0, len, 0xf0);
+            model.frozen.clear();
+            if let Some(point) = model.points.last_mut() {
+                point.inexact = true;
+            }
         }
         self.remount();
     }
@@ -521,7 +562,10 @@ impl Machine {
             let offset = chunk * CHUNK;
             match live.read(&mut now, offset) {
                 Ok(count) => {
-                    assert_eq!(now[..count], model.live[offset as usize..offset as usize + count], "live {offset}")
+                    assert!(
+                        now[..count] == model.live[offset as usize..offset as usize + count],
+                        "disk {disk}, live {offset}"
+                    );
                 }
                 Err(e) => assert!(model.bad.contains(&chunk), "{e}"),
             }
@@ -540,7 +584,8 @@ impl Machine {
                 Ok(count) => {
                     assert!(!frozen.broken, "a broken view answered");
                     assert!(!frozen.released.contains(&chunk), "a released chunk answered");
-                    assert_eq!(now[..count], frozen.content[offset as usize..offset as usize + count], "view {offset}");
+                    let right = now[..count] == frozen.content[offset as usize..offset as usize + count];
+                    assert!(right, "disk {disk}, view {}, offset {offset}: {}", frozen.name, now[0]);
                 }
                 Err(e) => {
                     assert_eq!(e.errno(), errno::EIO);
@@ -553,9 +598,7 @@ impl Machine {
                 }
             }
         }
-        if !frozen.broken {
-            check_status(view, frozen);
-        }
+        check_status(view, frozen);
     }
 
     fn check_maps(&self, disk: usize, view: &Arc<View>, frozen: &Frozen) {
@@ -589,7 +632,7 @@ impl Machine {
             }
             if !extent.dirty {
                 let old = base.content.get(range.clone());
-                assert_eq!(old, frozen.content.get(range.clone()), "a change is missing from the map");
+                assert!(old == frozen.content.get(range.clone()), "a change is missing from the map");
             }
             if exact {
                 for granule in extent.start / GRANULE..=(at - 1) / GRANULE {
@@ -607,16 +650,19 @@ fn extents(view: &Arc<View>, base: Option<uuid::Uuid>) -> fleecefs::error::Resul
     extents
 }
 
+/// What is said to be a hole is one, or readers of holes would never meet the error of what is lost or released. A
+/// broken view knows no holes.
 fn check_status(view: &Arc<View>, frozen: &Frozen) {
     let mut at = 0;
     while at < view.size() {
-        let Ok(status) = view.block_status(at, view.size() - at) else { return };
-        assert!(status.len > 0);
+        let Ok(status) = view.block_status(at, view.size() - at) else {
+            assert!(frozen.broken, "no block status at {at}");
+            return;
+        };
+        assert!(status.len > 0 && !frozen.broken);
         if status.zero {
             let hole = &frozen.content[at as usize..(at + status.len) as usize];
-            let readable = (at / CHUNK..(at + status.len).div_ceil(CHUNK))
-                .all(|chunk| !frozen.lost.contains(&chunk) && !frozen.released.contains(&chunk));
-            assert!(!readable || hole.iter().all(|byte| *byte == 0), "a hole at {at} that is none");
+            assert!(hole.iter().all(|byte| *byte == 0), "a hole at {at} that is none");
         }
         at += status.len;
     }

@@ -16,6 +16,11 @@ pub struct Point {
     pub inexact: bool,
 }
 
+/// The number in a snapshot's name: they are taken in this order.
+fn serial(name: &str) -> u32 {
+    name.trim_start_matches('s').parse().unwrap()
+}
+
 /// A frozen view of one disk.
 #[derive(Debug, Clone)]
 pub struct Frozen {
@@ -39,6 +44,8 @@ pub struct Model {
     pub frozen: Vec<Frozen>,
     /// Chunks of the image that cannot be read now.
     pub bad: BTreeSet<u64>,
+    /// Snapshots that were refused for a fault of the state: they may come back, with what they froze.
+    pub ghosts: Vec<Frozen>,
 }
 
 impl Model {
@@ -59,8 +66,9 @@ impl Model {
         }
     }
 
-    pub fn freeze(&mut self, name: &str, reference: Option<String>) {
-        self.frozen.push(Frozen {
+    /// What a snapshot of now holds.
+    pub fn frozen_now(&self, name: &str, reference: Option<String>) -> Frozen {
+        Frozen {
             name: name.to_owned(),
             content: self.live.clone(),
             reference,
@@ -68,7 +76,11 @@ impl Model {
             lost: BTreeSet::new(),
             broken: false,
             map: None,
-        });
+        }
+    }
+
+    pub fn freeze(&mut self, name: &str, reference: Option<String>) {
+        self.frozen.push(self.frozen_now(name, reference));
         self.points.push(Point {
             name: name.to_owned(),
             content: self.live.clone(),
@@ -76,6 +88,31 @@ impl Model {
             completed: false,
             inexact: false,
         });
+    }
+
+    /// The checkpoint of a refused snapshot came back, and its view too where it is `shown`. What the checkpoint before
+    /// it has been marked with since is not known exactly.
+    pub fn return_ghost(&mut self, ghost: Frozen, shown: bool) {
+        if self.points.iter().all(|point| point.name != ghost.name) {
+            let place = self.points.partition_point(|point| serial(&point.name) < serial(&ghost.name));
+            if let Some(before) = place.checked_sub(1) {
+                self.points[before].inexact = true;
+            }
+            self.points.insert(
+                place,
+                Point {
+                    name: ghost.name.clone(),
+                    content: ghost.content.clone(),
+                    granules: BTreeSet::new(),
+                    completed: false,
+                    inexact: true,
+                },
+            );
+        }
+        if shown && self.frozen.iter().all(|frozen| frozen.name != ghost.name) {
+            let place = self.frozen.partition_point(|frozen| serial(&frozen.name) < serial(&ghost.name));
+            self.frozen.insert(place, ghost);
+        }
     }
 
     /// A checkpoint goes; its changes go to the one before.

@@ -237,6 +237,7 @@ impl Fleece {
     pub fn remove_disk(&self, name: &str) -> Result<()> {
         let _control = self.control.lock();
         let disk = self.disk(name)?;
+        self.settle()?;
         let held = |snapshot: &Arc<Snapshot>| snapshot.view(name).is_ok();
         if let Some(snapshot) = self.snapshots.read().iter().find(|snapshot| held(snapshot)) {
             return Err(Error::new(
@@ -262,6 +263,7 @@ impl Fleece {
     pub fn resize_disk(&self, name: &str, size: u64) -> Result<()> {
         let _control = self.control.lock();
         let disk = self.disk(name)?;
+        self.settle()?;
         disk.resize(size)?;
         log::info!("disk '{name}' is {size} bytes now");
         Ok(())

@@ -25,6 +25,8 @@ mod loops;
 mod maps;
 #[path = "blackbox/mounting.rs"]
 mod mounting;
+#[path = "blackbox/qcow2.rs"]
+mod qcow2;
 #[path = "blackbox/qmp.rs"]
 mod qmp;
 #[path = "blackbox/snapshots.rs"]

@@ -90,7 +90,7 @@ impl Drop for Fixture {
 }
 
 fn spec(name: &str, file: PathBuf) -> DiskSpec {
-    DiskSpec { name: Some(name.into()), file, format: None, read_only: false }
+    DiskSpec { name: Some(name.into()), file, format: None, read_only: false, snapshot: None }
 }
 
 /// A connection on which every byte is ours.

@@ -26,7 +26,7 @@ pub struct MountArgs {
     /// Mount option, for example noexec
     #[arg(short = 'o', value_name = "FUSEOPT", value_delimiter = ',')]
     fuse_options: Vec<String>,
-    /// A disk in full: name=N,file=F[,format=raw][,read-only]; commas inside values are doubled
+    /// A disk in full: name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S]; commas inside values are doubled
     #[arg(long = "disk", value_name = "OPTIONS")]
     disks: Vec<OsString>,
     /// Where to keep tracking state [default: IMAGE.fleece beside each image]

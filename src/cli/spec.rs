@@ -29,16 +29,17 @@ pub fn parse_image(text: &OsStr) -> Result<DiskSpec> {
     }
 }
 
-/// `name=N,file=F[,format=FMT][,read-only]` as QEMU writes options: a comma inside a value is doubled.
+/// `name=N,file=F[,format=FMT][,read-only][,snapshot=S]` as QEMU writes options: a comma inside a value is doubled.
 pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
     let bad = |why: String| {
         Error::new(errno::EINVAL, format!("--disk {}", text.to_string_lossy()), why)
-            .hint("write name=N,file=F[,format=raw][,read-only]; double commas inside values")
+            .hint("write name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S]; double commas inside values")
     };
     let mut name = None;
     let mut file = None;
     let mut format = None;
     let mut read_only = None;
+    let mut snapshot = None;
     for (key, value) in options(text.as_bytes()) {
         let key = String::from_utf8_lossy(&key).into_owned();
         let twice = match (key.as_str(), value) {
@@ -46,7 +47,10 @@ pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
             ("file", Some(value)) => file.replace(PathBuf::from(OsString::from_vec(value))).is_some(),
             ("format", Some(value)) => format.replace(parse_format(&plain(value).map_err(bad)?)?).is_some(),
             ("read-only", value) => read_only.replace(switch(value.as_deref()).map_err(bad)?).is_some(),
-            ("name" | "file" | "format", None) => return Err(bad(format!("parameter '{key}' needs a value"))),
+            ("snapshot", Some(value)) => snapshot.replace(plain(value).map_err(bad)?).is_some(),
+            ("name" | "file" | "format" | "snapshot", None) => {
+                return Err(bad(format!("parameter '{key}' needs a value")));
+            }
             _ => return Err(bad(format!("invalid parameter '{key}'"))),
         };
         if twice {
@@ -54,7 +58,7 @@ pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
         }
     }
     let file = file.ok_or_else(|| bad("parameter 'file' is missing".into()))?;
-    Ok(DiskSpec { format, read_only: read_only.unwrap_or(false), ..disk(name, &file)? })
+    Ok(DiskSpec { format, read_only: read_only.unwrap_or(false), snapshot, ..disk(name, &file)? })
 }
 
 /// A format by its name.
@@ -107,7 +111,7 @@ fn disk(name: Option<String>, file: &Path) -> Result<DiskSpec> {
     } else {
         absolute(file)?
     };
-    Ok(DiskSpec { name: Some(name), file, format: None, read_only: false })
+    Ok(DiskSpec { name: Some(name), file, format: None, read_only: false, snapshot: None })
 }
 
 #[cfg(test)]
@@ -127,9 +131,12 @@ mod tests {
             ("d".into(), "/no/such/a,b=c".into(), Some(Format::Raw), true)
         );
         assert_eq!(option("file=/no/such/vda.raw,read-only=off").unwrap().0, "vda");
+        let spec = parse_disk_option(OsStr::new("file=/no/such/a.qcow2,format=qcow2,snapshot=a,,b")).unwrap();
+        assert_eq!((spec.format, spec.snapshot.as_deref()), (Some(Format::Qcow2), Some("a,b")));
         for (text, why) in [
             ("name=a", "'file' is missing"),
-            ("file=/x,snapshot=s", "invalid parameter 'snapshot'"),
+            ("file=/x,snapshots=s", "invalid parameter 'snapshots'"),
+            ("file=/x,snapshot", "'snapshot' needs a value"),
             ("file=/x,", "invalid parameter ''"),
             ("file=/x,file=/y", "'file' is given twice"),
             ("file=/x,read-only=maybe", "'on' or 'off'"),

@@ -124,7 +124,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     fn spec(name: &str, file: &Path) -> DiskSpec {
-        DiskSpec { name: Some(name.into()), file: file.into(), format: None, read_only: false }
+        DiskSpec { name: Some(name.into()), file: file.into(), format: None, read_only: false, snapshot: None }
     }
 
     #[test]

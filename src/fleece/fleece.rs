@@ -11,8 +11,7 @@ use super::view::View;
 use super::{DiskSpec, Options};
 use crate::bitmap::PreparedAction;
 use crate::error::{Error, Result, errno};
-use crate::image::Image;
-use crate::image::raw::RawImage;
+use crate::image::{self, Image, OpenOptions};
 use crate::sync::{Mutex, RwLock};
 use crate::units::check_disk_name;
 use std::collections::BTreeMap;
@@ -159,10 +158,16 @@ impl Fleece {
     pub fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
         let name = name_of(spec)?;
         self.check_new_disk(&name)?;
-        let image = while_busy(|| RawImage::open(&spec.file, spec.read_only, self.options.cache))?;
-        let image: Arc<dyn Image> = Arc::new(image);
+        let options = OpenOptions {
+            format: spec.format,
+            read_only: spec.read_only,
+            cache: self.options.cache,
+            snapshot: spec.snapshot.clone(),
+        };
+        let image = while_busy(|| image::open(&spec.file, &options))?;
         self.check_image_once(&*image)?;
-        let place = if spec.read_only { Place::in_memory() } else { Place::of_image(&name, &*image, &self.options)? };
+        let place =
+            if image.read_only() { Place::in_memory() } else { Place::of_image(&name, &*image, &self.options)? };
         self.attach(&name, image, place)
     }
 

@@ -107,10 +107,12 @@ pub struct DiskSpec {
     pub name: Option<String>,
     /// The image file or block device.
     pub file: PathBuf,
-    /// The image's format; None: raw.
+    /// The image's format; None: found out.
     pub format: Option<Format>,
     /// Whether guest writes are refused.
     pub read_only: bool,
+    /// The internal snapshot to serve instead of the disk as it is, by ID or name; guest writes are refused.
+    pub snapshot: Option<String>,
 }
 
 /// The point that a snapshot's map is to count from.

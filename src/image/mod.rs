@@ -1,12 +1,16 @@
 //! Images: what a guest's disk lies in.
 //!
-//! [`Image`] is the trait that the core drives; [`raw`] is the first format.
+//! [`Image`] is the trait that the core drives; [`open`] gives one of a file in any format. [`raw`] and [`qcow2`] are the
+//! formats; [`probed`] keeps the guest of an image whose format nobody named from changing it.
 
-use crate::error::Result;
+use crate::error::{Error, Result, errno};
 use crate::storage::{BlockStatus, Stamp};
 use std::fmt::Debug;
 use std::path::Path;
+use std::sync::Arc;
 
+pub mod probed;
+pub mod qcow2;
 pub mod raw;
 
 /// Formats by the names that QEMU gives them.
@@ -15,12 +19,15 @@ pub mod raw;
 pub enum Format {
     /// The bytes of the disk, nothing else.
     Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
 }
 
 impl std::fmt::Display for Format {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Format::Raw => f.write_str("raw"),
+            Format::Qcow2 => f.write_str("qcow2"),
         }
     }
 }
@@ -33,6 +40,40 @@ pub enum Cache {
     Writeback,
     /// O_DIRECT, past the page cache; durable at flush.
     None,
+}
+
+/// How to open an image.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// The format; None: qcow2 where the file says so, else raw, under the guard of [`probed`].
+    pub format: Option<Format>,
+    /// Whether changes are refused.
+    pub read_only: bool,
+    /// How the host's page cache is used.
+    pub cache: Cache,
+    /// Serve the internal snapshot of this ID or name instead of the disk as it is; for reading only.
+    pub snapshot: Option<String>,
+}
+
+/// Opens and locks an image, as QEMU locks it. Nothing is created or changed; EBUSY where somebody else uses it.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
+    let format = match options.format {
+        Some(format) => format,
+        None => probed::probe(path)?,
+    };
+    if let (Format::Raw, Some(name)) = (format, &options.snapshot) {
+        let why = "a raw image has no internal snapshots";
+        return Err(
+            Error::new(errno::EINVAL, format!("internal snapshot '{}'", name.escape_debug()), why).at_path(path)
+        );
+    }
+    Ok(match format {
+        Format::Qcow2 => Arc::new(qcow2::Qcow2Image::open(path, options)?),
+        Format::Raw => {
+            let image = raw::RawImage::open(path, options.read_only, options.cache)?;
+            if options.format.is_some() { Arc::new(image) } else { Arc::new(probed::ProbedRaw::new(image)?) }
+        }
+    })
 }
 
 /// A disk image, driven by many threads at once.

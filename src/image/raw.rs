@@ -254,7 +254,7 @@ impl Image for RawImage {
 }
 
 #[cfg(test)]
-mod testing {
+pub(super) mod testing {
     use super::*;
     use crate::storage::{MemFile, Storage};
 

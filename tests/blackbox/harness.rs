@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 pub const GRANULE: u64 = 65536;
 /// Errno values that promises speak of.
 pub mod errno {
+    pub const EPERM: i32 = 1;
     pub const ENOENT: i32 = 2;
     pub const EIO: i32 = 5;
     pub const EBUSY: i32 = 16;

@@ -21,12 +21,13 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let name = arguments.optional_string("name")?;
     let format = arguments.optional_string("format")?.map(format_by_name).transpose()?;
     let read_only = arguments.optional_bool("read-only")?.unwrap_or(false);
+    let snapshot = arguments.optional_string("snapshot")?;
     arguments.finish()?;
     if !file.is_absolute() {
         let e = Error::new(errno::EINVAL, format!("image '{}'", file.display()), "not an absolute path");
         return Err(e.into());
     }
-    let disk = host.add_disk(&DiskSpec { name, file, format, read_only })?;
+    let disk = host.add_disk(&DiskSpec { name, file, format, read_only, snapshot })?;
     Ok(json!({ "name": disk.name(), "uuid": disk.uuid(), "size": disk.size() }))
 }
 

@@ -1,0 +1,157 @@
+//! Opening an image with all that lies below it: external data file and backing files.
+//!
+//! A chain is opened from the top down and put together from the bottom up, without recursion. Each file is locked as
+//! QEMU locks it; backing files only for reading. The same file twice (by device and inode) is a loop.
+//!
+//! Names come from the image, so they are as trustworthy as whoever made it: like QEMU, this opens what they say. But
+//! nothing is probed: a backing file without a recorded format is refused, or a guest could turn its raw base into an
+//! image that names any file of the host.
+
+use super::header::{Header, cluster_size_of};
+use super::host::HostFile;
+use super::{OpenOptions, Qcow2Image};
+use crate::error::{Error, Result, errno};
+use crate::image::raw::RawImage;
+use crate::image::{Cache, Image};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Most images in a chain, the active one included.
+const DEPTH_MAX: usize = 200;
+/// Enough of a file for [`cluster_size_of`].
+const PREFIX_BYTES: usize = 512;
+
+/// One qcow2 image of a chain, without what is below it.
+struct Layer {
+    header: Header,
+    file: HostFile,
+    data: Option<HostFile>,
+}
+
+/// What a header says about the image below.
+enum Below {
+    Nothing,
+    Raw(PathBuf),
+    Qcow2(PathBuf),
+}
+
+/// The files of a chain so far.
+#[derive(Default)]
+struct Seen(Vec<(u64, u64)>);
+
+impl Seen {
+    /// Refuses a file that the chain has already.
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let meta = std::fs::metadata(path).map_err(|e| Error::io("open", e).at_path(path))?;
+        // A device has many nodes; its number is what it is.
+        let device = meta.file_type().is_block_device();
+        let identity = if device { (u64::MAX, meta.rdev()) } else { (meta.dev(), meta.ino()) };
+        if self.0.contains(&identity) {
+            return Err(Error::new(errno::ELOOP, "open", "is in its own backing chain").at_path(path));
+        }
+        self.0.push(identity);
+        Ok(())
+    }
+}
+
+/// Opens the image at `path` and everything below it.
+pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
+    let mut seen = Seen::default();
+    let mut layers = vec![Layer::open(path, options.cache, &mut seen)?];
+    let mut base: Option<Arc<dyn Image>> = None;
+    while let Some(top) = layers.last() {
+        let (below, is_qcow2) = match top.below()? {
+            Below::Nothing => break,
+            Below::Raw(below) => (below, false),
+            Below::Qcow2(below) => (below, true),
+        };
+        let of = format!("backing file of {}", top.file.image.path().display());
+        if layers.len() >= DEPTH_MAX {
+            return Err(Error::new(errno::ELOOP, of, format!("the chain is longer than {DEPTH_MAX} images")));
+        }
+        if !is_qcow2 {
+            seen.add(&below).map_err(|e| e.context(of.clone()))?;
+            base = Some(Arc::new(RawImage::open(&below, true, options.cache).map_err(|e| e.context(of))?));
+            break;
+        }
+        layers.push(Layer::open(&below, options.cache, &mut seen).map_err(|e| e.context(of))?);
+    }
+    let Some(active) = layers.drain(..1).next() else {
+        return Err(Error::new(errno::EINVAL, "open", "an empty chain").at_path(path));
+    };
+    for layer in layers.into_iter().rev() {
+        let named = layer.file.image.path().to_owned();
+        let image =
+            layer.complete(base.take(), None).map_err(|e| e.context(format!("backing file {}", named.display())))?;
+        base = Some(Arc::new(image));
+    }
+    active.complete(base, options.snapshot.as_deref())
+}
+
+impl Layer {
+    fn open(path: &Path, cache: Cache, seen: &mut Seen) -> Result<Layer> {
+        seen.add(path)?;
+        let file = RawImage::open(path, true, cache)?;
+        let header = read_header(&file)?;
+        let data = if header.has_data_file() {
+            let name = header.extensions.data_file().ok_or_else(|| {
+                Error::new(errno::EINVAL, "open", "the image doesn't name its external data file").at_path(path)
+            })?;
+            let of = || format!("external data file of {}", path.display());
+            let data = resolve(path, name).map_err(|e| e.context(of()))?;
+            seen.add(&data).map_err(|e| e.context(of()))?;
+            Some(HostFile::of_data(RawImage::open(&data, true, cache).map_err(|e| e.context(of()))?))
+        } else {
+            None
+        };
+        Ok(Layer { file: HostFile::of_image(file, &header), header, data })
+    }
+
+    /// The backing file as the header has it.
+    fn below(&self) -> Result<Below> {
+        let path = self.file.image.path();
+        let Some(backing) = &self.header.backing else { return Ok(Below::Nothing) };
+        let name = String::from_utf8_lossy(&backing.name);
+        let of = || format!("backing file '{}' of {}", name.escape_debug(), path.display());
+        let below = resolve(path, &backing.name).map_err(|e| e.context(of()))?;
+        match self.header.extensions.backing_format() {
+            Some("raw") => Ok(Below::Raw(below)),
+            Some("qcow2") => Ok(Below::Qcow2(below)),
+            Some(format) => Err(Error::new(errno::EOPNOTSUPP, of(), format!("its format '{format}' is not supported"))),
+            None => Err(Error::new(errno::EINVAL, of(), "the image doesn't record its format")
+                .hint("record it with: qemu-img rebase -u -b BACKING -F FORMAT IMAGE")),
+        }
+    }
+
+    fn complete(self, backing: Option<Arc<dyn Image>>, snapshot: Option<&str>) -> Result<Qcow2Image> {
+        let path = self.file.image.path().to_owned();
+        Qcow2Image::new(self.header, self.file, self.data, backing, snapshot).map_err(|e| e.at_path(&path))
+    }
+}
+
+/// Reads and checks the header of an open file.
+pub(super) fn read_header(file: &RawImage) -> Result<Header> {
+    let read = |bytes: usize| {
+        let mut buf = vec![0; bytes.min(file.size().try_into().unwrap_or(usize::MAX))];
+        file.read_at(&mut buf, 0).map(|()| buf)
+    };
+    let cluster_size = cluster_size_of(&read(PREFIX_BYTES)?).map_err(|e| e.at_path(file.path()))?;
+    Header::parse(&read(cluster_size as usize)?, file.size()).map_err(|e| e.at_path(file.path()))
+}
+
+/// A file's name as an image has it: relative to the image's directory. QEMU takes what stands before a colon for a
+/// protocol; of these only `file:` is one that we know.
+fn resolve(image: &Path, name: &[u8]) -> Result<PathBuf> {
+    let plain = name.strip_prefix(b"file:").unwrap_or(name);
+    let colon = plain.iter().position(|byte| *byte == b':');
+    let slash = plain.iter().position(|byte| *byte == b'/').unwrap_or(plain.len());
+    if colon.is_some_and(|colon| colon < slash) && plain.len() == name.len() {
+        let why = format!("'{}' is not a path of a file", String::from_utf8_lossy(name).escape_debug());
+        return Err(Error::new(errno::EOPNOTSUPP, "open", why));
+    }
+    let directory = image.parent().unwrap_or(Path::new(""));
+    Ok(directory.join(OsStr::from_bytes(plain)))
+}

@@ -1,0 +1,267 @@
+//! From guest offsets to where their bytes are: the L1 table and a bounded cache of L2 tables.
+//!
+//! The L1 table is an array of atomics. L2 tables are loaded in slices of at most [`SLICE_BYTES`], each an array of
+//! atomics too, so a table of 2 MiB costs no more than the parts of it that are used. The default budget of 64 MiB
+//! holds the mapping of 512 GiB in 64 KiB clusters at once; a disk of 1 TiB or more stays within it as long as access is
+//! local, since slices are replaced one by one.
+//!
+//! **Look-up takes no lock.** A slice's place in the cache follows from its host offset (a set of [`WAYS`] ways). A
+//! look-up loads the ways of its set and compares their keys; a hit holds the slice alive by itself, whatever replaces
+//! it meanwhile. Only loading takes a lock, that of its set's stripe, and holds it across the read: two threads never
+//! load one slice, and whoever changes a table on disk under that lock cannot be overtaken by a load of its old content.
+//!
+//! A slice never holds what is not on disk. So dropping one loses nothing, and a kill loses no answered write.
+
+use super::host::HostFile;
+use super::tables::{CompressedAt, Geometry, HostOffset, L1Entry, L2Entry, SUBCLUSTERS, decode_l1, decode_l2};
+use crate::error::{Error, Result, errno};
+use crate::image::Image;
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Most bytes of an L2 table that are loaded at once.
+const SLICE_BYTES: u64 = 4096;
+/// What a slice costs beside its entries: two allocations with their headers, and its place.
+const SLICE_OVERHEAD_BYTES: u64 = 96;
+/// Slices that may stand in one set of the cache.
+const WAYS: usize = 8;
+/// Locks for loading; sets share them.
+const STRIPES: usize = 64;
+/// Most pieces that one answer merges, so that a question about a huge range ends soon.
+const MERGE_MAX: usize = 1 << 16;
+
+/// Memory for the L2 tables of one image in bytes.
+pub const CACHE_BYTES: u64 = 64 << 20;
+
+/// Where the bytes of a run are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// In the image's file, or its external data file, from this offset on.
+    Data(HostOffset),
+    /// They are zeros.
+    Zero,
+    /// In the backing file, at the same offset; zeros where there is none.
+    Backing,
+    /// In a compressed cluster, from the run's offset in the cluster on.
+    Compressed(CompressedAt),
+}
+
+/// A run of guest bytes with one source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Length in bytes, at least 1.
+    pub len: u64,
+    /// Where the bytes are.
+    pub source: Source,
+}
+
+/// A part of an L2 table.
+#[derive(Debug)]
+struct Slice {
+    /// Host offset of its first entry.
+    key: u64,
+    /// Entries, one or two words each.
+    words: Box<[AtomicU64]>,
+    /// Looked at since the last search for a slice to replace.
+    used: AtomicBool,
+}
+
+/// See the head of the module.
+#[derive(Debug)]
+pub struct Mapping {
+    geometry: Geometry,
+    /// Entries as they stand in the file.
+    l1: Box<[AtomicU64]>,
+    slice_bytes: u64,
+    /// Sets of [`WAYS`] places each.
+    places: Box<[ArcSwapOption<Slice>]>,
+    /// Held while a slice of one of their sets is loaded; leaf locks, of which a thread holds one.
+    stripes: Box<[Mutex<()>]>,
+}
+
+/// Words of a table as they stand in the file.
+fn read_words(file: &HostFile, offset: HostOffset, bytes: u64) -> Result<Box<[AtomicU64]>> {
+    let mut raw = vec![0; bytes as usize];
+    file.image.read_at(&mut raw, offset.0)?;
+    let (words, _) = raw.as_chunks::<8>();
+    Ok(words.iter().map(|word| AtomicU64::new(u64::from_be_bytes(*word))).collect())
+}
+
+impl Mapping {
+    /// Loads an L1 table of `l1_size` entries for a disk of `size` bytes; L2 tables may take `cache_bytes` of memory.
+    pub fn load(
+        file: &HostFile,
+        geometry: Geometry,
+        (l1_offset, l1_size): (HostOffset, u32),
+        size: u64,
+        cache_bytes: u64,
+    ) -> Result<Mapping> {
+        let l1 = read_words(file, l1_offset, u64::from(l1_size) * 8)?;
+        let slice_bytes = SLICE_BYTES.min(geometry.cluster_size());
+        let tables_bytes = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
+        // Not every set is as popular as the others: a small disk gets twice the places that it needs.
+        let wanted = (tables_bytes / slice_bytes).saturating_mul(2);
+        let sets = (wanted.min(cache_bytes / (slice_bytes + SLICE_OVERHEAD_BYTES)) as usize / WAYS).max(1);
+        Ok(Mapping {
+            geometry,
+            l1,
+            slice_bytes,
+            places: (0..sets * WAYS).map(|_| ArcSwapOption::empty()).collect(),
+            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
+        })
+    }
+
+    /// The run of bytes from `offset` on that have one source, at most `len` (not 0) bytes of it.
+    pub fn run(&self, file: &HostFile, data: &HostFile, offset: u64, len: u64) -> Result<Run> {
+        let mut recent = None;
+        let look = |at: u64, recent: &mut Option<Arc<Slice>>| {
+            let most = len - (at - offset);
+            let piece = self.piece(file, data, at, recent)?;
+            Ok::<_, Error>(Run { len: piece.len.min(most), ..piece })
+        };
+        let named = |e: Error, at| e.at_path(file.image.path()).at_offset(at);
+        let mut run = look(offset, &mut recent).map_err(|e| named(e, offset))?;
+        for _ in 0..MERGE_MAX {
+            if run.len >= len || matches!(run.source, Source::Compressed(_)) {
+                break;
+            }
+            // What is wrong behind the run is the matter of who asks for it.
+            let Ok(next) = look(offset + run.len, &mut recent) else { break };
+            let continues = match (run.source, next.source) {
+                (Source::Data(first), Source::Data(second)) => first.0 + run.len == second.0,
+                (one, other) => one == other,
+            };
+            if !continues {
+                break;
+            }
+            run.len += next.len;
+        }
+        Ok(run)
+    }
+
+    /// What one entry says about `offset`, and for how long.
+    fn piece(&self, file: &HostFile, data: &HostFile, offset: u64, recent: &mut Option<Arc<Slice>>) -> Result<Run> {
+        let covers = self.geometry.l2_covers();
+        let to_end_of_table = covers - offset % covers;
+        let raw = match self.l1.get((offset / covers) as usize) {
+            Some(word) => word.load(Ordering::Acquire),
+            None => return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset")),
+        };
+        let table = match decode_l1(raw, &self.geometry)? {
+            L1Entry::Unallocated => return Ok(Run { len: to_end_of_table, source: Source::Backing }),
+            L1Entry::Table { offset, .. } => offset,
+        };
+        let index = offset / self.geometry.cluster_size() % self.geometry.l2_entries();
+        let at = index * 8 * self.geometry.l2_entry_words();
+        let key = table.0 + at / self.slice_bytes * self.slice_bytes;
+        let slice = match recent.take() {
+            Some(slice) if slice.key == key => slice,
+            _ => self.slice(file, table, key)?,
+        };
+        let word = (at % self.slice_bytes / 8) as usize;
+        let load = |at: usize| slice.words.get(at).map_or(0, |word| word.load(Ordering::Acquire));
+        let bitmap = if self.geometry.extended_l2 { load(word + 1) } else { 0 };
+        let entry = decode_l2(load(word), bitmap, &self.geometry)?;
+        *recent = Some(slice);
+        self.run_of_entry(entry, file, data, offset)
+    }
+
+    fn run_of_entry(&self, entry: L2Entry, file: &HostFile, data: &HostFile, offset: u64) -> Result<Run> {
+        let cluster_size = self.geometry.cluster_size();
+        let in_cluster = offset % cluster_size;
+        let whole = |source| Ok(Run { len: cluster_size - in_cluster, source });
+        match entry {
+            L2Entry::Unallocated => whole(Source::Backing),
+            L2Entry::ZeroPlain | L2Entry::ZeroPreallocated { .. } => whole(Source::Zero),
+            L2Entry::Standard { offset: host, .. } => {
+                self.check_data(data, host, offset)?;
+                whole(Source::Data(HostOffset(host.0 + in_cluster)))
+            }
+            L2Entry::Compressed(at) => {
+                file.check("compressed data", at.offset, 1)?;
+                whole(Source::Compressed(at))
+            }
+            L2Entry::Subclusters { offset: host, allocated, zero, .. } => {
+                let subcluster_size = self.geometry.subcluster_size();
+                let first = (in_cluster / subcluster_size) as u32;
+                let (source, same) = match host {
+                    Some(host) if allocated >> first & 1 == 1 => {
+                        self.check_data(data, host, offset)?;
+                        (Source::Data(HostOffset(host.0 + in_cluster)), allocated)
+                    }
+                    _ if zero >> first & 1 == 1 => (Source::Zero, zero),
+                    _ => (Source::Backing, !(allocated | zero)),
+                };
+                let count = u64::from((same >> first).trailing_ones()).min(SUBCLUSTERS);
+                let end = (u64::from(first) + count) * subcluster_size;
+                Ok(Run { len: end - in_cluster, source })
+            }
+        }
+    }
+
+    /// A host cluster of data begins inside its file (the file may end in it), not in metadata; in an external data
+    /// file it is where the guest has it.
+    fn check_data(&self, data: &HostFile, host: HostOffset, offset: u64) -> Result<()> {
+        let guest = offset - offset % self.geometry.cluster_size();
+        if self.geometry.external_data && host.0 != guest {
+            let why = format!("host offset {host} in the external data file is not the guest offset {guest}");
+            return Err(Error::new(errno::EIO, "qcow2 L2 entry", why));
+        }
+        data.check("a data cluster", host, 1)
+    }
+
+    /// The set of places for a slice.
+    fn set(&self, key: u64) -> usize {
+        let sets = (self.places.len() / WAYS).max(1) as u64;
+        // Tables lie at regular distances; the high bits of a multiple of 2^64 / phi spread them over the sets.
+        let hash = (key / self.slice_bytes).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        ((hash * sets) >> 32) as usize
+    }
+
+    fn find(&self, ways: &[ArcSwapOption<Slice>], key: u64) -> Option<Arc<Slice>> {
+        ways.iter().find_map(|way| {
+            let slice = way.load();
+            let slice = slice.as_ref().filter(|slice| slice.key == key)?;
+            // A plain look first: writing would take the cache line from the other readers.
+            if !slice.used.load(Ordering::Relaxed) {
+                slice.used.store(true, Ordering::Relaxed);
+            }
+            Some(slice.clone())
+        })
+    }
+
+    /// The slice with host offset `key`, which is part of the L2 table at `table`.
+    fn slice(&self, file: &HostFile, table: HostOffset, key: u64) -> Result<Arc<Slice>> {
+        let set = self.set(key);
+        let ways = self.places.get(set * WAYS..(set + 1) * WAYS).unwrap_or_default();
+        if let Some(slice) = self.find(ways, key) {
+            return Ok(slice);
+        }
+        file.check("an L2 table", table, self.geometry.cluster_size())?;
+        let _loading = self.stripes.get(set % STRIPES).map(Mutex::lock);
+        if let Some(slice) = self.find(ways, key) {
+            return Ok(slice);
+        }
+        let words = read_words(file, HostOffset(key), self.slice_bytes)?;
+        let slice = Arc::new(Slice { key, words, used: AtomicBool::new(true) });
+        if let Some(way) = victim(ways) {
+            way.store(Some(slice.clone()));
+        }
+        Ok(slice)
+    }
+}
+
+/// A free place, else one whose slice was not used since the last search, else any. Called under the set's lock.
+fn victim(ways: &[ArcSwapOption<Slice>]) -> Option<&ArcSwapOption<Slice>> {
+    let free = ways.iter().find(|way| way.load().is_none());
+    let is_idle = |way: &&ArcSwapOption<Slice>| {
+        way.load().as_ref().is_some_and(|slice| !slice.used.swap(false, Ordering::Relaxed))
+    };
+    free.or_else(|| ways.iter().find(is_idle)).or(ways.first())
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+#[path = "mapping_tests.rs"]
+mod tests;

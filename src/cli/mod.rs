@@ -4,12 +4,15 @@
 //! Exit codes: 0 done; 1 differs or not found, or problems exist (`status`); 2 error; 3 done, but a full map where
 //! changes were asked for.
 
+mod check;
 mod checkpoint;
 mod connect;
 mod consumer;
 mod demo;
 mod disk;
 mod extents;
+mod info;
+mod local;
 mod map;
 mod mount;
 mod output;
@@ -53,6 +56,10 @@ enum Command {
     Consumer(consumer::ConsumerCommand),
     /// Print what changed on a disk of a snapshot
     Map(map::MapArgs),
+    /// Check a qcow2 image, and repair it; exit code 1 where faults are left
+    Check(check::CheckArgs),
+    /// Show what an image is and holds: sizes, snapshots, bitmaps
+    Info(info::InfoArgs),
     /// Show what fleecefs does, on a disk of its own, in some seconds
     Demo(demo::DemoArgs),
 }
@@ -84,6 +91,8 @@ impl Command {
             Command::Checkpoint(command) => command.run(),
             Command::Consumer(command) => command.run(),
             Command::Map(args) => args.run(),
+            Command::Check(args) => args.run(),
+            Command::Info(args) => args.run(),
             Command::Demo(args) => args.run(),
         }
     }
@@ -92,7 +101,12 @@ impl Command {
     fn looks_up(&self) -> bool {
         !matches!(
             self,
-            Command::Mount(_) | Command::Umount(_) | Command::Demo(_) | Command::Disk(disk::DiskCommand::Add(_))
+            Command::Mount(_)
+                | Command::Umount(_)
+                | Command::Demo(_)
+                | Command::Disk(disk::DiskCommand::Add(_))
+                | Command::Check(_)
+                | Command::Info(_)
         )
     }
 }

@@ -9,6 +9,9 @@
 //! | [`mapping`] | from guest offsets to runs of bytes with one source |
 //! | [`compressed`] | compressed clusters |
 //! | `chain` | opening an image and all that lies below it |
+//! | [`refcount`] | how refcounts are stored, and references counted |
+//! | [`snapshot_table`], [`bitmaps_format`] | the directories of snapshots and bitmaps as a check reads them, entry by entry |
+//! | [`check`] | compares what the image says of itself with what is there, and repairs it |
 //!
 //! Strictness: an image is opened only if its header and snapshot table keep every rule; an L1 or L2 entry that breaks
 //! one is EIO for the clusters that it maps, and nothing else. Nothing is written to an image that was opened for
@@ -21,18 +24,36 @@ use self::mapping::{CACHE_BYTES, Mapping, Source};
 use self::snapshots::Snapshot;
 use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
-use crate::storage::{BlockStatus, Stamp};
+use crate::storage::{BlockStatus, Stamp, Storage};
 use std::path::Path;
 use std::sync::Arc;
 
+pub mod bitmaps_format;
 mod chain;
+pub mod check;
 pub mod compressed;
 pub mod extensions;
 pub mod header;
 pub mod host;
 pub mod mapping;
+pub mod refcount;
+pub mod snapshot_table;
 pub mod snapshots;
 pub mod tables;
+#[cfg(test)]
+mod test_image;
+
+/// Reads and checks the header of an image.
+pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let at = |e: Error| e.at_path(storage.path());
+    let file_bytes = storage.len()?;
+    let mut prefix = vec![0; file_bytes.min(512) as usize];
+    storage.read_at(&mut prefix, 0)?;
+    let cluster_bytes = header::cluster_size_of(&prefix).map_err(at)?;
+    let mut cluster = vec![0; file_bytes.min(cluster_bytes) as usize];
+    storage.read_at(&mut cluster, 0)?;
+    Header::parse(&cluster, file_bytes).map_err(at)
+}
 
 /// A qcow2 image, or one of its internal snapshots.
 #[derive(Debug)]

@@ -154,19 +154,16 @@ impl Layer {
         true
     }
 
-    /// Count of lost chunks.
-    pub(super) fn lost_count(&self) -> u64 {
-        self.head[LOST_COUNT].load(Ordering::SeqCst).min(MAX_LOST as u64)
+    /// The lost chunks, in no order.
+    pub(super) fn lost(&self) -> impl Iterator<Item = u64> {
+        let count = (self.head[LOST_COUNT].load(Ordering::SeqCst) as usize).min(MAX_LOST);
+        let entries = (0..count).map(|slot| self.head[LOST_FIRST + slot].load(Ordering::SeqCst));
+        entries.filter_map(|entry| entry.checked_sub(1))
     }
 
     /// The first lost chunk in a range of set chunks.
     pub(super) fn first_lost(&self, chunks: &Range<u64>) -> Option<u64> {
-        let count = (self.head[LOST_COUNT].load(Ordering::SeqCst) as usize).min(MAX_LOST);
-        (0..count)
-            .map(|slot| self.head[LOST_FIRST + slot].load(Ordering::SeqCst))
-            .filter(|&entry| entry > 0 && chunks.contains(&(entry - 1)))
-            .map(|entry| entry - 1)
-            .min()
+        self.lost().filter(|chunk| chunks.contains(chunk)).min()
     }
 
     /// Latches that views through this layer can no longer be trusted (I7). True where it was not broken before.

@@ -130,10 +130,17 @@ impl View {
         self.disk.chain.load().broken(self.layer.seq)
     }
 
-    /// Why the view cannot have been read as a whole: it is broken, or chunks of it are lost.
+    /// Why the view cannot have been read as a whole: it is broken, or chunks that it still shows are lost.
     pub(super) fn damage(&self) -> Option<String> {
-        let lost: u64 = self.disk.chain.load().seen_from(self.layer.seq).iter().map(|layer| layer.lost_count()).sum();
-        let lost = (lost > 0).then(|| format!("{lost} chunk(s) of disk '{}' could not be read", self.disk.name()));
+        let chain = self.disk.chain.load();
+        let seq = self.layer.seq;
+        let shown = |layer: &Arc<Layer>, chunk: u64| {
+            self.layer.view_needs(chunk)
+                && matches!(chain.source(seq, chunk..chunk + 1).0, Source::Layer(source) if Arc::ptr_eq(&source, layer))
+        };
+        let lost = |layer: &Arc<Layer>| layer.lost().filter(|chunk| shown(layer, *chunk)).count();
+        let count: usize = chain.seen_from(seq).iter().map(lost).sum();
+        let lost = (count > 0).then(|| format!("{count} chunk(s) of disk '{}' could not be read", self.disk.name()));
         self.broken().or(lost)
     }
 

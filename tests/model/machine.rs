@@ -330,19 +330,30 @@ impl Machine {
 
     fn complete(&mut self, which: usize, consumer: bool) {
         let Some(name) = self.pick(which) else { return };
-        let broken = self.models.iter().any(|model| model.frozen.iter().any(|f| f.name == name && f.broken));
+        let any = |of: fn(&Frozen) -> bool| {
+            self.models.iter().any(|model| model.frozen.iter().any(|frozen| frozen.name == name && of(frozen)))
+        };
+        // What may be lost was overwritten while it could not be read; the view may have had it by then.
+        let (broken, damaged) = (any(|frozen| frozen.broken), any(|frozen| frozen.broken || !frozen.lost.is_empty()));
         let done = self.fleece.complete_snapshot(&name, consumer.then_some("c"));
         if done.is_err() {
-            assert!((broken && consumer) || self.any_fault());
+            assert!((damaged && consumer) || self.any_fault());
             self.adopt_state();
             return;
         }
+        let rows = self.fleece.checkpoints();
+        let row = rows.iter().find(|row| row.name == name).unwrap();
+        // One disk decides; the directory of another may follow later, after a fault.
+        let seen = |disk: usize| self.models[disk].frozen.iter().any(|frozen| frozen.name == name);
+        let completed =
+            (0..2).any(|disk| seen(disk) && row.disks.iter().any(|row| row.disk == NAMES[disk] && row.completed));
+        assert!(if completed { !broken } else { damaged });
         for (disk, model) in self.models.iter_mut().enumerate() {
             let had = model.frozen.iter().any(|frozen| frozen.name == name);
             model.frozen.retain(|frozen| frozen.name != name);
             if had {
                 let own = model.points.iter_mut().filter(|point| point.name == name);
-                own.for_each(|point| point.completed = !broken);
+                own.for_each(|point| point.completed = completed);
                 if consumer {
                     self.consumer.insert(disk, name.clone());
                 }
@@ -501,6 +512,7 @@ impl Machine {
             if let Some(point) = model.points.last_mut() {
                 point.inexact = true;
             }
+            self.arm_bad(disk);
         }
         self.remount();
     }

@@ -41,7 +41,7 @@ pub struct Fleece {
     pub(super) unsettled: Mutex<Vec<FailedSnapshot>>,
     /// What the recovery at mount found, for `problems`.
     pub(super) recovered: Mutex<Vec<String>>,
-    reaper: Reaper,
+    pub(super) reaper: Reaper,
 }
 
 impl std::fmt::Debug for Fleece {
@@ -60,6 +60,11 @@ impl Reaper {
             // The thread ends with its Fleece; then there is nothing left to reap.
             let _ = thread.send(());
         }
+    }
+
+    /// Whether a thread reaps.
+    pub(super) fn has_thread(&self) -> bool {
+        self.0.is_some()
     }
 }
 

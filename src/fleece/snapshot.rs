@@ -15,11 +15,15 @@ use crate::bitmap::{
     BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, PreparedAction, SnapshotEntry,
 };
 use crate::error::{Error, Result, errno};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, thread};
 use crate::units::{DEFAULT_GRANULARITY, check_name};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
+
+/// How often a snapshot looks again whether dropped ones have given back the room that it lacks, and how long between.
+const ROOM_TRIES: u32 = 25;
+const ROOM_WAIT: Duration = Duration::from_millis(20);
 
 /// What to freeze.
 #[derive(Debug, Clone, Default)]
@@ -190,24 +194,33 @@ impl Fleece {
         let disks = self.chosen_disks(&request.disks)?;
         let uuid = Uuid::new_v4();
         let time_ns = crate::storage::clock::now_ns();
-        let mut taking = Vec::new();
         for disk in &disks {
             disk.check_foreign()?;
         }
-        for disk in disks {
-            match Taking::prepare(disk, request, uuid, time_ns) {
-                Ok(one) => taking.push(one),
-                Err(e) => {
-                    taking.iter().for_each(Taking::forget);
-                    return Err(not_taken(&request.name, e));
-                }
-            }
-        }
+        let taking = self.with_room(|| Taking::prepare_all(&disks, request, uuid, time_ns))?;
         self.take(request, uuid, time_ns, taking).inspect(|snapshot| {
             log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
             self.counters.snapshots_taken.add(1);
             self.retain_checkpoints();
         })
+    }
+
+    /// Tries again where the stores have no room, once what dropped snapshots took is given back: the background does
+    /// that soon after the last close of their files, and the kernel tells of a close after the fact.
+    fn with_room<T>(&self, begin: impl Fn() -> Result<T>) -> Result<T> {
+        let mut result = begin();
+        for _ in 0..ROOM_TRIES {
+            if !matches!(&result, Err(e) if e.errno() == errno::ENOSPC) {
+                break;
+            }
+            self.reap();
+            result = begin();
+            if !self.reaper.has_thread() || self.lingering.read().is_empty() {
+                break;
+            }
+            thread::sleep(ROOM_WAIT);
+        }
+        result
     }
 
     fn take(&self, request: &SnapshotRequest, uuid: Uuid, time_ns: i64, taking: Vec<Taking>) -> Result<Arc<Snapshot>> {
@@ -359,6 +372,21 @@ fn parts_of(snapshot: &Snapshot, action: &PreparedAction) -> Vec<Part> {
 }
 
 impl Taking {
+    /// All disks' parts, or none.
+    fn prepare_all(disks: &[Arc<Disk>], request: &SnapshotRequest, uuid: Uuid, time_ns: i64) -> Result<Vec<Taking>> {
+        let mut taking = Vec::new();
+        for disk in disks {
+            match Taking::prepare(disk.clone(), request, uuid, time_ns) {
+                Ok(one) => taking.push(one),
+                Err(e) => {
+                    taking.iter().for_each(Taking::forget);
+                    return Err(not_taken(&request.name, e));
+                }
+            }
+        }
+        Ok(taking)
+    }
+
     /// Makes the store, the layer's words and the new bitmap. Nothing is visible yet.
     fn prepare(disk: Arc<Disk>, request: &SnapshotRequest, uuid: Uuid, time_ns: i64) -> Result<Taking> {
         let directory = disk.tracking.directory();

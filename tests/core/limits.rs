@@ -109,6 +109,19 @@ fn a_removed_disk_gives_its_share_of_the_limit_back() {
 }
 
 #[test]
+fn a_snapshot_has_the_room_that_a_dropped_one_took() {
+    let host = Host::one().with(|options| options.store_limit = Some(10 * CHUNK));
+    let (fleece, mut oracle) = written(&host);
+    oracle.freeze(&fleece, "s").unwrap();
+    oracle.write(&fleece, "a", 0, 10 * CHUNK, 2).unwrap();
+    assert_errno(try_freeze(&fleece, "full", &[], None), errno::ENOSPC);
+    fleece.complete_snapshot("s", None).unwrap();
+    // Nobody has reaped the dropped layer yet.
+    try_freeze(&fleece, "next", &[], None).unwrap();
+    assert_eq!(counter(&fleece, "store_bytes"), 0);
+}
+
+#[test]
 fn a_store_leaves_the_larger_of_5_percent_and_1_gib_to_others() {
     for (total, reserve) in [(100 * GIB, 5 * GIB), (10 * GIB, GIB), (20 * GIB, GIB), (21 * GIB, 21 * GIB / 20)] {
         let host = Host::one().with(|options| options.on_store_error = StoreErrorPolicy::FailWrite);

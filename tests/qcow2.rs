@@ -14,3 +14,5 @@ mod flips;
 mod malformed;
 #[path = "qcow2/qemu.rs"]
 mod qemu;
+#[path = "qcow2/writing.rs"]
+mod writing;

@@ -168,6 +168,7 @@ impl Fleece {
             read_only: spec.read_only,
             cache: self.options.cache,
             snapshot: spec.snapshot.clone(),
+            l2_cache_bytes: None,
         };
         let image = while_busy(|| image::open(&spec.file, &options))?;
         self.check_image_once(&*image)?;

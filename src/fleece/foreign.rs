@@ -9,23 +9,24 @@
 use super::disk::Disk;
 use super::recover::SIDECAR;
 use crate::error::Result;
-use crate::image::Image;
+use crate::image::{Format, Image};
+use crate::storage::Stamp;
 use crate::storage::os::identity;
 
 /// Clocks of files are coarse, and a write may wait in the kernel between our clock and the file's.
 const SLACK_NS: i64 = 1_000_000_000;
 
-/// Why an image was written by somebody else, judged by the time of our newest write and the size that we know.
-pub(super) fn signs(image: &dyn Image, newest_write_ns: i64, size: Option<u64>) -> Result<Option<String>> {
+/// Why an image with this stamp was written by somebody else, judged by the time of our newest write and the size that
+/// we know.
+pub(super) fn signs(image: &dyn Image, stamp: &Stamp, newest_write_ns: i64, size: Option<u64>) -> Option<String> {
     if image.is_block_device() {
-        return Ok(None);
+        return None;
     }
-    let stamp = image.stamp()?;
     if size.is_some_and(|size| size != stamp.size) {
-        return Ok(Some(format!("another program made the image {} bytes long", stamp.size)));
+        return Some(format!("another program made the image {} bytes long", stamp.size));
     }
     let late = stamp.ctime_ns > newest_write_ns.saturating_add(SLACK_NS);
-    Ok(late.then(|| "the image was changed by another program".to_owned()))
+    late.then(|| "the image was changed by another program".to_owned())
 }
 
 impl Disk {
@@ -53,7 +54,10 @@ impl Disk {
         if self.read_only() {
             return Ok(None);
         }
-        signs(&**self.image(), self.tracking.last_write_ns(), Some(self.known_size()))
+        let image = &**self.image();
+        // A file of another format grows with what is written to it.
+        let size = (image.format() == Format::Raw).then(|| self.known_size());
+        Ok(signs(image, &image.stamp()?, self.tracking.last_write_ns(), size))
     }
 
     /// The image or the state were removed or replaced: what is written goes to files that nobody finds.

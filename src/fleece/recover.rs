@@ -211,7 +211,7 @@ fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRo
 }
 
 fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<Found> {
-    let stamp = image.stamp()?;
+    let stamp = image.found_stamp()?;
     match sidecar.superblock().state {
         State::Clean { stamp: left } if same(&left, &stamp, image.is_block_device()) => Ok(Found::Clean),
         State::Clean { .. } => {
@@ -233,7 +233,7 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<
                 return Ok(Found::Lost("the state belongs to another image file".to_owned()));
             }
             let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
-            if let Some(reason) = super::foreign::signs(image, newest, None)? {
+            if let Some(reason) = super::foreign::signs(image, &stamp, newest, None) {
                 return Ok(Found::Lost(format!("{reason} after fleecefs was killed")));
             }
             Ok(Found::Killed(words))
@@ -459,6 +459,7 @@ impl Disk {
     fn close_drained(&self, keep_views: bool) -> Result<()> {
         if !self.read_only() {
             self.flush()?;
+            self.image().close()?;
         }
         let chain = self.chain.load();
         if keep_views {

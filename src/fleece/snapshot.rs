@@ -15,7 +15,7 @@ use crate::bitmap::{
     BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, PreparedAction, SnapshotEntry,
 };
 use crate::error::{Error, Result, errno};
-use crate::sync::{Mutex, thread};
+use crate::sync::Mutex;
 use crate::units::{DEFAULT_GRANULARITY, check_name};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -218,7 +218,7 @@ impl Fleece {
             if !self.reaper.has_thread() || self.lingering.read().is_empty() {
                 break;
             }
-            thread::sleep(ROOM_WAIT);
+            std::thread::sleep(ROOM_WAIT);
         }
         result
     }

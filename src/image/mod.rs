@@ -53,6 +53,8 @@ pub struct OpenOptions {
     pub cache: Cache,
     /// Serve the internal snapshot of this ID or name instead of the disk as it is; for reading only.
     pub snapshot: Option<String>,
+    /// Memory for a qcow2 image's L2 tables in bytes; None: [`qcow2::mapping::CACHE_BYTES`]. Of each image of a chain.
+    pub l2_cache_bytes: Option<u64>,
 }
 
 /// Opens and locks an image, as QEMU locks it. Nothing is created or changed; EBUSY where somebody else uses it.
@@ -97,8 +99,17 @@ pub trait Image: Send + Sync + Debug {
     fn resize(&self, size: u64) -> Result<()>;
     /// Whether a run at `offset` is known to read as zeros, for at most `len` bytes.
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus>;
+    /// Ends the use of the image: everything is durable, and no repair is needed at the next open. Without it a use ends
+    /// as by a kill.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
     /// What a foreign writer would change.
     fn stamp(&self) -> Result<Stamp>;
+    /// What [`Image::stamp`] was before the open changed anything.
+    fn found_stamp(&self) -> Result<Stamp> {
+        self.stamp()
+    }
     /// The format.
     fn format(&self) -> Format;
     /// The file, for messages and the manifest.

@@ -96,17 +96,63 @@ fn an_internal_snapshot_is_a_disk() {
 }
 
 #[test]
-fn a_qcow2_image_for_writing_is_refused_with_what_to_do() {
+fn a_guest_writes_to_a_qcow2_chain_and_the_view_stays() {
     requires!("qemu-img", "qemu-io");
     let rig = Rig::new();
     let top = chain(&rig);
-    let before = fs::read(&top).unwrap();
-    let out = fleecefs(args!["mount", &top, rig.mount_point("mnt")]);
-    refused(&out, 2, &["vda.qcow2", "-r"]);
-    assert!(fs::read(&top).unwrap() == before);
+    let mut content = qemu_bytes(&rig, &top);
+    let below = ["middle.qcow2", "base.raw"].map(|name| fs::read(rig.path(name)).unwrap());
+    let mount = rig.mount([&top]);
+    let guest = mount.guest("vda");
+    let mut write = |at: usize, byte: u8, len: usize| {
+        guest.write_all_at(&vec![byte; len], at as u64).unwrap();
+        content[at..at + len].fill(byte);
+    };
+    write(1_048_577, 1, 5000);
+    write(0, 2, 300);
+    mount.snap("frozen");
+    let frozen = fs::read(mount.live("vda")).unwrap();
+    write(1_050_000, 3, 70_000);
+    write(5 << 20, 4, 1 << 20);
+    mount.done("disk resize", args!["vda", "9M"]);
+    content.resize(9 << 20, 0);
+    assert!(fs::read(mount.live("vda")).unwrap() == content);
+    assert!(fs::read(mount.view("frozen", "vda")).unwrap() == frozen);
+    drop(guest);
+    mount.umount();
+    ok(tool("qemu-img").args(["check", "-q"]).arg(&top));
+    assert!(qemu_bytes(&rig, &top) == content);
+    for (name, before) in ["middle.qcow2", "base.raw"].iter().zip(below) {
+        assert!(fs::read(rig.path(name)).unwrap() == before, "{name} was changed");
+    }
     // As raw it is its own bytes, whatever they are.
+    let bytes = fs::read(&top).unwrap();
     let mount = rig.mount(args!["-f", "raw", "-r", &top]);
-    assert!(fs::read(mount.live("vda")).unwrap() == before);
+    assert!(fs::read(mount.live("vda")).unwrap() == bytes);
+}
+
+#[test]
+fn a_killed_daemon_loses_no_write_to_a_qcow2_image() {
+    requires!("qemu-img");
+    let rig = Rig::new();
+    let image = rig.path("vda.qcow2");
+    ok(tool("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("16M"));
+    let mount = rig.mount([&image]);
+    mount.snap("base");
+    let guest = mount.guest("vda");
+    let data = pattern(3, 3 << 20);
+    guest.write_all_at(&data, 777).unwrap();
+    drop(guest);
+    let mount = Mount::at(mount.kill(), [&image]);
+    let live = fs::read(mount.live("vda")).unwrap();
+    assert!(live[777..777 + data.len()] == data);
+    assert!(fs::read(mount.view("base", "vda")).unwrap().iter().all(|byte| *byte == 0), "the view is kept");
+    mount.snap("next");
+    let map = mount.map_since("next", "vda", "base");
+    let dirty: u64 = map.0.iter().filter(|extent| extent.dirty).map(|extent| extent.length).sum();
+    assert!((3 * MIB..3 * MIB + 2 * 65536).contains(&dirty), "the map is exact: {dirty}");
+    mount.umount();
+    ok(tool("qemu-img").args(["check", "-q"]).arg(&image));
 }
 
 #[test]

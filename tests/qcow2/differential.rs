@@ -5,10 +5,10 @@ use fleecefs::image::Image;
 use std::path::Path;
 
 /// Small numbers that look random and are the same in each run.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
     }
@@ -215,11 +215,12 @@ fn check(cell: &Cell, seed: u64) {
     compare_status(&*image, &path, &expected, &what);
     drop(image);
     assert!(std::fs::read(&path).unwrap() == before, "{what}: the image was changed");
+    crate::writing::change_and_compare(&path, expected, if full() { 48 } else { 24 }, &mut random, &what);
 }
 
 #[test]
-fn every_kind_of_image_is_read_as_qemu_reads_it() {
-    if !has_qemu("every_kind_of_image_is_read_as_qemu_reads_it") {
+fn every_kind_of_image_is_read_and_written_as_qemu_does_it() {
+    if !has_qemu("every_kind_of_image_is_read_and_written_as_qemu_does_it") {
         return;
     }
     let cells = cells();

@@ -314,17 +314,21 @@ fn compressed_data_may_end_short_at_the_end_of_the_file() {
 }
 
 #[test]
-fn a_qcow2_image_is_not_opened_for_writing() {
+fn what_is_open_for_reading_is_not_changed_and_what_is_corrupt_not_opened_for_writing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
-    std::fs::write(&path, Build::small().bytes()).unwrap();
-    let e = fleecefs::image::open(&path, &OpenOptions::default()).unwrap_err();
-    assert_eq!(e.errno(), EROFS);
-    assert!(e.hint_text().unwrap().contains("-r"));
+    let mut file = Build::small().bytes();
+    std::fs::write(&path, &file).unwrap();
     let image = open(&path).unwrap();
     for result in [image.write_at(&[1], 0), image.write_zeroes(0, 1, true), image.resize(1)] {
         assert_eq!(result.unwrap_err().errno(), EROFS);
     }
+    drop(image);
+    incompatible(&mut file, 1 << 1 | 1);
+    std::fs::write(&path, &file).unwrap();
+    let e = fleecefs::image::open(&path, &OpenOptions::default()).unwrap_err();
+    assert!(e.errno() == EIO && e.hint_text().unwrap().contains("check --repair"), "{e}");
+    assert_eq!(std::fs::read(&path).unwrap(), file);
 }
 
 #[test]

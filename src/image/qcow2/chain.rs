@@ -7,12 +7,11 @@
 //! nothing is probed: a backing file without a recorded format is refused, or a guest could turn its raw base into an
 //! image that names any file of the host.
 
-use super::header::{Header, cluster_size_of};
-use super::host::HostFile;
-use super::{OpenOptions, Qcow2Image};
+use super::prepare::prepare;
+use super::{Files, OpenOptions, Qcow2Image};
 use crate::error::{Error, Result, errno};
+use crate::image::Image;
 use crate::image::raw::RawImage;
-use crate::image::{Cache, Image};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,16 +20,6 @@ use std::sync::Arc;
 
 /// Most images in a chain, the active one included.
 const DEPTH_MAX: usize = 200;
-/// Enough of a file for [`cluster_size_of`].
-const PREFIX_BYTES: usize = 512;
-
-/// One qcow2 image of a chain, without what is below it.
-struct Layer {
-    header: Header,
-    file: HostFile,
-    data: Option<HostFile>,
-}
-
 /// What a header says about the image below.
 enum Below {
     Nothing,
@@ -60,7 +49,8 @@ impl Seen {
 /// Opens the image at `path` and everything below it.
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
     let mut seen = Seen::default();
-    let mut layers = vec![Layer::open(path, options.cache, &mut seen)?];
+    let mut layers = vec![Files::open(path, options, &mut seen)?];
+    let below_options = OpenOptions { read_only: true, snapshot: None, ..options.clone() };
     let mut base: Option<Arc<dyn Image>> = None;
     while let Some(top) = layers.last() {
         let (below, is_qcow2) = match top.below()? {
@@ -77,37 +67,37 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
             base = Some(Arc::new(RawImage::open(&below, true, options.cache).map_err(|e| e.context(of))?));
             break;
         }
-        layers.push(Layer::open(&below, options.cache, &mut seen).map_err(|e| e.context(of))?);
+        layers.push(Files::open(&below, &below_options, &mut seen).map_err(|e| e.context(of))?);
     }
     let Some(active) = layers.drain(..1).next() else {
         return Err(Error::new(errno::EINVAL, "open", "an empty chain").at_path(path));
     };
     for layer in layers.into_iter().rev() {
         let named = layer.file.image.path().to_owned();
-        let image =
-            layer.complete(base.take(), None).map_err(|e| e.context(format!("backing file {}", named.display())))?;
+        let image = layer
+            .complete(base.take(), &below_options)
+            .map_err(|e| e.context(format!("backing file {}", named.display())))?;
         base = Some(Arc::new(image));
     }
-    active.complete(base, options.snapshot.as_deref())
+    active.complete(base, options)
 }
 
-impl Layer {
-    fn open(path: &Path, cache: Cache, seen: &mut Seen) -> Result<Layer> {
+impl Files {
+    fn open(path: &Path, options: &OpenOptions, seen: &mut Seen) -> Result<Files> {
         seen.add(path)?;
-        let file = RawImage::open(path, true, cache)?;
-        let header = read_header(&file)?;
-        let data = if header.has_data_file() {
+        let file = RawImage::open(path, options.read_only, options.cache)?;
+        prepare(file, |header| {
+            if !header.has_data_file() {
+                return Ok(None);
+            }
             let name = header.extensions.data_file().ok_or_else(|| {
                 Error::new(errno::EINVAL, "open", "the image doesn't name its external data file").at_path(path)
             })?;
             let of = || format!("external data file of {}", path.display());
             let data = resolve(path, name).map_err(|e| e.context(of()))?;
             seen.add(&data).map_err(|e| e.context(of()))?;
-            Some(HostFile::of_data(RawImage::open(&data, true, cache).map_err(|e| e.context(of()))?))
-        } else {
-            None
-        };
-        Ok(Layer { file: HostFile::of_image(file, &header), header, data })
+            RawImage::open(&data, options.read_only, options.cache).map(Some).map_err(|e| e.context(of()))
+        })
     }
 
     /// The backing file as the header has it.
@@ -126,20 +116,10 @@ impl Layer {
         }
     }
 
-    fn complete(self, backing: Option<Arc<dyn Image>>, snapshot: Option<&str>) -> Result<Qcow2Image> {
+    fn complete(self, backing: Option<Arc<dyn Image>>, options: &OpenOptions) -> Result<Qcow2Image> {
         let path = self.file.image.path().to_owned();
-        Qcow2Image::new(self.header, self.file, self.data, backing, snapshot).map_err(|e| e.at_path(&path))
+        Qcow2Image::new(self, backing, options).map_err(|e| e.at_path(&path))
     }
-}
-
-/// Reads and checks the header of an open file.
-pub(super) fn read_header(file: &RawImage) -> Result<Header> {
-    let read = |bytes: usize| {
-        let mut buf = vec![0; bytes.min(file.size().try_into().unwrap_or(usize::MAX))];
-        file.read_at(&mut buf, 0).map(|()| buf)
-    };
-    let cluster_size = cluster_size_of(&read(PREFIX_BYTES)?).map_err(|e| e.at_path(file.path()))?;
-    Header::parse(&read(cluster_size as usize)?, file.size()).map_err(|e| e.at_path(file.path()))
 }
 
 /// A file's name as an image has it: relative to the image's directory. QEMU takes what stands before a colon for a

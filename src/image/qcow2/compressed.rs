@@ -10,7 +10,7 @@ use super::header::Compression;
 use super::host::HostFile;
 use super::tables::{CompressedAt, Geometry};
 use crate::error::{Error, Result, errno};
-use crate::image::Image;
+use crate::storage::Storage;
 use flate2::{Decompress, FlushDecompress};
 use parking_lot::Mutex;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
@@ -87,7 +87,7 @@ impl Decompressor {
         // The last sector may end short at the end of the file.
         let input_bytes = at.max_bytes.min(file.bytes().saturating_sub(at.offset.0));
         let mut input = vec![0; input_bytes as usize];
-        file.image.read_at(&mut input, at.offset.0)?;
+        file.read_at(&mut input, at.offset.0)?;
         let mut cluster = vec![0; self.cluster_size].into_boxed_slice();
         let done = match self.compression {
             Compression::Zlib => inflate(&input, &mut cluster),
@@ -95,7 +95,7 @@ impl Decompressor {
         };
         done.map_err(|why| {
             Error::new(errno::EIO, "qcow2 image", format!("compressed data at host offset {}: {why}", at.offset))
-                .at_path(file.image.path())
+                .at_path(file.path())
         })?;
         Ok(cluster)
     }

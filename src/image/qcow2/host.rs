@@ -1,67 +1,263 @@
 //! The file that an image lies in, and the places in it that entries of tables may point to.
 //!
-//! The file is driven as a raw image, so it is locked as QEMU locks it and takes any range with O_DIRECT too.
+//! The file is driven as a raw image, so it is locked as QEMU locks it and takes any range with O_DIRECT too. On top of
+//! that, as a [`Storage`]:
+//! - **It grows by steps, durably.** A write behind its end makes it longer, in steps of [`GROWTH_BYTES`], and syncs the
+//!   new length before anything else: an entry never points behind the end, whatever a power loss leaves.
+//! - **It syncs once for many.** A sync that began after a caller's writes serves that caller; others wait for it.
+//! - **A sync that failed fails for ever**: what it was to save may be lost without another word.
+//! - **It knows which holes are durable**: those older than the last sync. See [`HostFile::is_durable_hole`].
 
 use super::header::Header;
 use super::tables::HostOffset;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::image::raw::RawImage;
-use std::collections::BTreeMap;
+use crate::storage::{BlockStatus, Stamp, Storage};
+use arc_swap::ArcSwap;
+use parking_lot::{Condvar, Mutex, RwLock};
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Step by which an image's file grows, in bytes; an external data file grows to what is written.
+const GROWTH_BYTES: u64 = 16 << 20;
+
+/// Metadata in whole clusters: by its start its end and name.
+type Areas = BTreeMap<u64, (u64, &'static str)>;
 
 /// The image's file, or its external data file.
 #[derive(Debug)]
 pub struct HostFile {
     /// The bytes.
     pub image: RawImage,
-    /// Length of the file when it was opened.
-    bytes: u64,
-    /// Metadata that no entry may point into, in whole clusters: start, end and name, none overlapping another. Empty
-    /// for an external data file.
-    areas: BTreeMap<u64, (u64, &'static str)>,
+    /// Metadata that no entry may point into, none overlapping another. Empty for an external data file.
+    areas: ArcSwap<Areas>,
+    /// Host offsets of L2 tables and refcount blocks, known where the image is open for writing.
+    tables: RwLock<HashSet<u64>>,
+    growth_bytes: u64,
+    growing: Mutex<()>,
+    syncs: Mutex<Syncs>,
+    synced: Condvar,
+    /// Begins and ends of hole punching.
+    punches: AtomicU64,
+    /// What `punches` was when the last good sync began.
+    durable_punches: AtomicU64,
+}
+
+/// Syncs in their order, from 1.
+#[derive(Debug, Default)]
+struct Syncs {
+    begun: u64,
+    done: u64,
+    running: bool,
+    failed: Option<Error>,
 }
 
 impl HostFile {
     /// A file of guest data alone.
     pub fn of_data(image: RawImage) -> HostFile {
-        HostFile { bytes: image.size(), image, areas: BTreeMap::new() }
+        HostFile::over(image, Areas::new(), 1)
     }
 
     /// The file that `header` was read from.
     pub fn of_image(image: RawImage, header: &Header) -> HostFile {
         let areas = header.areas().into_iter().map(|(name, area)| (area.start, (area.end, name))).collect();
-        HostFile { bytes: image.size(), image, areas }
+        HostFile::over(image, areas, GROWTH_BYTES)
+    }
+
+    fn over(image: RawImage, areas: Areas, growth_bytes: u64) -> HostFile {
+        HostFile {
+            image,
+            areas: ArcSwap::from_pointee(areas),
+            tables: RwLock::default(),
+            growth_bytes,
+            growing: Mutex::new(()),
+            syncs: Mutex::default(),
+            synced: Condvar::new(),
+            punches: AtomicU64::new(0),
+            durable_punches: AtomicU64::new(0),
+        }
     }
 
     /// Length of the file in bytes.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.image.size()
     }
 
     /// Takes the clusters of an area away from what entries may point to; an error where it lies in other metadata or
     /// ends behind the file.
-    pub fn reserve(&mut self, name: &'static str, offset: HostOffset, bytes: u64, cluster_size: u64) -> Result<()> {
+    pub fn reserve(&self, name: &'static str, offset: HostOffset, bytes: u64, cluster_size: u64) -> Result<()> {
         self.check(name, offset, bytes)?;
-        self.areas.insert(offset.0, (offset.0 + bytes.next_multiple_of(cluster_size), name));
+        let end = offset.0 + bytes.next_multiple_of(cluster_size);
+        self.areas.rcu(|areas| {
+            let mut areas = Areas::clone(areas);
+            areas.insert(offset.0, (end, name));
+            areas
+        });
         Ok(())
     }
 
-    /// Forgets the area that begins at `offset`: its length was not known yet.
-    pub fn forget(&mut self, offset: HostOffset) {
-        self.areas.remove(&offset.0);
+    /// Forgets the area that begins at `offset`.
+    pub fn forget(&self, offset: HostOffset) {
+        self.areas.rcu(|areas| {
+            let mut areas = Areas::clone(areas);
+            areas.remove(&offset.0);
+            areas
+        });
+    }
+
+    /// All areas of metadata that are known: start, end and name.
+    pub fn areas(&self) -> Vec<(u64, u64, &'static str)> {
+        self.areas.load().iter().map(|(start, (end, name))| (*start, *end, *name)).collect()
     }
 
     /// Refuses, with EIO, a target that is not whole in the file or lies in metadata.
     pub fn check(&self, what: &str, offset: HostOffset, bytes: u64) -> Result<()> {
         let bad =
             |why: String| Err(Error::new(errno::EIO, "qcow2 image", format!("{what} at host offset {offset} {why}")));
+        let file_bytes = self.bytes();
         let end = match offset.0.checked_add(bytes) {
-            Some(end) if end <= self.bytes => end,
-            _ => return bad(format!("is not inside the file of {} bytes", self.bytes)),
+            Some(end) if end <= file_bytes => end,
+            _ => return bad(format!("is not inside the file of {file_bytes} bytes")),
         };
-        match self.areas.range(..end).next_back() {
+        match self.areas.load().range(..end).next_back() {
             Some((_, (area_end, name))) if *area_end > offset.0 => bad(format!("lies in the clusters of {name}")),
             _ => Ok(()),
         }
+    }
+
+    /// Notes the places of L2 tables and refcount blocks.
+    pub fn note_tables(&self, offsets: impl IntoIterator<Item = u64>) {
+        self.tables.write().extend(offsets);
+    }
+
+    /// An L2 table or refcount block is none any more.
+    pub fn forget_table(&self, offset: u64) {
+        self.tables.write().remove(&offset);
+    }
+
+    /// Refuses, with EIO, to write guest data into a cluster that is an L2 table or a refcount block.
+    pub fn check_not_table(&self, cluster: HostOffset) -> Result<()> {
+        if !self.tables.read().contains(&cluster.0) {
+            return Ok(());
+        }
+        let why = format!("a data cluster at host offset {cluster} is an L2 table or a refcount block");
+        Err(Error::new(errno::EIO, "qcow2 image", why)
+            .at_path(self.path())
+            .hint("the image is damaged: end all use of it, then run: fleecefs check IMAGE"))
+    }
+
+    /// Whether a range is a hole that no power loss fills again: it reads as zeros, and no hole was made since the last
+    /// sync began.
+    pub fn is_durable_hole(&self, offset: HostOffset, bytes: u64) -> Result<bool> {
+        let durable = || self.punches.load(Ordering::SeqCst) == self.durable_punches.load(Ordering::SeqCst);
+        Ok(durable() && self.is_hole(offset.0, bytes)? && durable())
+    }
+
+    fn is_hole(&self, offset: u64, bytes: u64) -> Result<bool> {
+        let status = self.image.block_status(offset, bytes)?;
+        Ok(status.zero && status.len >= bytes)
+    }
+
+    /// Makes the file at least `bytes` long, and that durable.
+    pub fn grow(&self, bytes: u64) -> Result<()> {
+        let _one = self.growing.lock();
+        if bytes <= self.bytes() {
+            return Ok(());
+        }
+        if self.image.is_block_device() {
+            let why = format!("the block device is full: it has {} bytes", self.bytes());
+            return Err(Error::new(errno::ENOSPC, "allocate", why).at_path(self.path()).hint("enlarge the device"));
+        }
+        self.image.resize(bytes.next_multiple_of(self.growth_bytes))?;
+        self.sync()
+    }
+
+    /// The part of a range that is in the file.
+    fn inside(&self, offset: u64, len: u64) -> u64 {
+        self.bytes().saturating_sub(offset).min(len)
+    }
+}
+
+impl Storage for HostFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.image.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if end > self.bytes() {
+            self.grow(end)?;
+        }
+        self.image.write_at(buf, offset)
+    }
+
+    fn sync(&self) -> Result<()> {
+        let mut syncs = self.syncs.lock();
+        let wanted = syncs.begun + 1;
+        loop {
+            if let Some(e) = &syncs.failed {
+                return Err(e.clone());
+            }
+            if syncs.done >= wanted {
+                return Ok(());
+            }
+            if syncs.running {
+                self.synced.wait(&mut syncs);
+                continue;
+            }
+            syncs.running = true;
+            syncs.begun += 1;
+            let this = syncs.begun;
+            drop(syncs);
+            let punches = self.punches.load(Ordering::SeqCst);
+            let result = self.image.flush();
+            syncs = self.syncs.lock();
+            syncs.running = false;
+            match result {
+                Ok(()) => {
+                    syncs.done = this;
+                    self.durable_punches.fetch_max(punches, Ordering::SeqCst);
+                }
+                Err(e) => syncs.failed = Some(e),
+            }
+            self.synced.notify_all();
+        }
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(self.bytes())
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.image.resize(len)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        // Once before and once after, so that no sync in between counts it as done.
+        self.punches.fetch_add(1, Ordering::SeqCst);
+        let punched = self.image.write_zeroes(offset, self.inside(offset, len), true);
+        self.punches.fetch_add(1, Ordering::SeqCst);
+        punched
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.punches.fetch_add(1, Ordering::SeqCst);
+        let written = self.image.write_zeroes(offset, self.inside(offset, len), false);
+        self.punches.fetch_add(1, Ordering::SeqCst);
+        written
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.image.block_status(offset, len)
+    }
+
+    fn stamp(&self) -> Result<Stamp> {
+        self.image.stamp()
+    }
+
+    fn path(&self) -> &Path {
+        self.image.path()
     }
 }

@@ -10,16 +10,20 @@
 //! it meanwhile. Only loading takes a lock, that of its set's stripe, and holds it across the read: two threads never
 //! load one slice, and whoever changes a table on disk under that lock cannot be overtaken by a load of its old content.
 //!
-//! A slice never holds what is not on disk. So dropping one loses nothing, and a kill loses no answered write.
+//! **A change is written first** ([`Mapping::update`]): under the stripe's lock, to the file, then to the slice if it
+//! is loaded. A slice never holds what is not on disk. So dropping one loses nothing, and a kill loses no answered
+//! write. Entries of two words are read under the slice's sequence number, or a reader would see half a change.
+//!
+//! Whoever changes an entry holds the range lock of its cluster, or two changes would undo each other.
 
 use super::host::HostFile;
 use super::tables::{CompressedAt, Geometry, HostOffset, L1Entry, L2Entry, SUBCLUSTERS, decode_l1, decode_l2};
 use crate::error::{Error, Result, errno};
-use crate::image::Image;
-use arc_swap::ArcSwapOption;
+use crate::storage::Storage;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// Most bytes of an L2 table that are loaded at once.
 const SLICE_BYTES: u64 = 4096;
@@ -64,16 +68,28 @@ struct Slice {
     key: u64,
     /// Entries, one or two words each.
     words: Box<[AtomicU64]>,
+    /// Odd while two-word entries change.
+    sequence: AtomicU64,
     /// Looked at since the last search for a slice to replace.
     used: AtomicBool,
 }
+
+/// An L1 table.
+#[derive(Debug)]
+struct L1 {
+    offset: HostOffset,
+    /// Entries as they stand in the file.
+    words: Box<[AtomicU64]>,
+}
+
+/// An entry as it stands in the file: one word, or two with extended L2 entries (else the second is 0).
+pub type RawEntry = (u64, u64);
 
 /// See the head of the module.
 #[derive(Debug)]
 pub struct Mapping {
     geometry: Geometry,
-    /// Entries as they stand in the file.
-    l1: Box<[AtomicU64]>,
+    l1: ArcSwap<L1>,
     slice_bytes: u64,
     /// Sets of [`WAYS`] places each.
     places: Box<[ArcSwapOption<Slice>]>,
@@ -84,9 +100,39 @@ pub struct Mapping {
 /// Words of a table as they stand in the file.
 fn read_words(file: &HostFile, offset: HostOffset, bytes: u64) -> Result<Box<[AtomicU64]>> {
     let mut raw = vec![0; bytes as usize];
-    file.image.read_at(&mut raw, offset.0)?;
+    file.read_at(&mut raw, offset.0)?;
     let (words, _) = raw.as_chunks::<8>();
     Ok(words.iter().map(|word| AtomicU64::new(u64::from_be_bytes(*word))).collect())
+}
+
+impl Slice {
+    /// The entry whose first word has this index; zeros behind the slice.
+    fn entry(&self, word: usize, two_words: bool) -> RawEntry {
+        let load = |at: usize| self.words.get(at).map_or(0, |word| word.load(Ordering::Acquire));
+        if !two_words {
+            return (load(word), 0);
+        }
+        loop {
+            let before = self.sequence.load(Ordering::Acquire);
+            let entry = (load(word), load(word + 1));
+            fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && self.sequence.load(Ordering::Relaxed) == before {
+                return entry;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Changes words from an index on. One caller at a time: it holds the stripe's lock.
+    fn store(&self, first: usize, words: &[u64]) {
+        let sequence = self.sequence.load(Ordering::Relaxed);
+        self.sequence.store(sequence + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (place, word) in self.words.iter().skip(first).zip(words) {
+            place.store(*word, Ordering::Release);
+        }
+        self.sequence.store(sequence + 2, Ordering::Release);
+    }
 }
 
 impl Mapping {
@@ -98,7 +144,7 @@ impl Mapping {
         size: u64,
         cache_bytes: u64,
     ) -> Result<Mapping> {
-        let l1 = read_words(file, l1_offset, u64::from(l1_size) * 8)?;
+        let l1 = L1 { offset: l1_offset, words: read_words(file, l1_offset, u64::from(l1_size) * 8)? };
         let slice_bytes = SLICE_BYTES.min(geometry.cluster_size());
         let tables_bytes = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
         // Not every set is as popular as the others: a small disk gets twice the places that it needs.
@@ -106,7 +152,7 @@ impl Mapping {
         let sets = (wanted.min(cache_bytes / (slice_bytes + SLICE_OVERHEAD_BYTES)) as usize / WAYS).max(1);
         Ok(Mapping {
             geometry,
-            l1,
+            l1: ArcSwap::from_pointee(l1),
             slice_bytes,
             places: (0..sets * WAYS).map(|_| ArcSwapOption::empty()).collect(),
             stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
@@ -121,7 +167,7 @@ impl Mapping {
             let piece = self.piece(file, data, at, recent)?;
             Ok::<_, Error>(Run { len: piece.len.min(most), ..piece })
         };
-        let named = |e: Error, at| e.at_path(file.image.path()).at_offset(at);
+        let named = |e: Error, at| e.at_path(file.path()).at_offset(at);
         let mut run = look(offset, &mut recent).map_err(|e| named(e, offset))?;
         for _ in 0..MERGE_MAX {
             if run.len >= len || matches!(run.source, Source::Compressed(_)) {
@@ -145,27 +191,166 @@ impl Mapping {
     fn piece(&self, file: &HostFile, data: &HostFile, offset: u64, recent: &mut Option<Arc<Slice>>) -> Result<Run> {
         let covers = self.geometry.l2_covers();
         let to_end_of_table = covers - offset % covers;
-        let raw = match self.l1.get((offset / covers) as usize) {
-            Some(word) => word.load(Ordering::Acquire),
-            None => return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset")),
-        };
-        let table = match decode_l1(raw, &self.geometry)? {
+        let table = match self.table(offset)? {
             L1Entry::Unallocated => return Ok(Run { len: to_end_of_table, source: Source::Backing }),
             L1Entry::Table { offset, .. } => offset,
         };
+        let entry = self.entry_in(file, table, offset, recent)?;
+        self.run_of_entry(entry, file, data, offset)
+    }
+
+    /// The L1 entry for a guest offset.
+    pub fn table(&self, offset: u64) -> Result<L1Entry> {
+        let index = (offset / self.geometry.l2_covers()) as usize;
+        match self.l1.load().words.get(index) {
+            Some(word) => decode_l1(word.load(Ordering::Acquire), &self.geometry),
+            None => Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset")),
+        }
+    }
+
+    /// Where the entry for a guest offset lies: its slice's host offset, and the index of its first word there.
+    fn place(&self, table: HostOffset, offset: u64) -> (u64, usize) {
         let index = offset / self.geometry.cluster_size() % self.geometry.l2_entries();
         let at = index * 8 * self.geometry.l2_entry_words();
-        let key = table.0 + at / self.slice_bytes * self.slice_bytes;
+        (table.0 + at / self.slice_bytes * self.slice_bytes, (at % self.slice_bytes / 8) as usize)
+    }
+
+    fn entry_in(
+        &self,
+        file: &HostFile,
+        table: HostOffset,
+        offset: u64,
+        recent: &mut Option<Arc<Slice>>,
+    ) -> Result<L2Entry> {
+        let (raw, bitmap) = self.raw_entry_in(file, table, offset, recent)?;
+        decode_l2(raw, bitmap, &self.geometry)
+    }
+
+    fn raw_entry_in(
+        &self,
+        file: &HostFile,
+        table: HostOffset,
+        offset: u64,
+        recent: &mut Option<Arc<Slice>>,
+    ) -> Result<RawEntry> {
+        let (key, word) = self.place(table, offset);
         let slice = match recent.take() {
             Some(slice) if slice.key == key => slice,
             _ => self.slice(file, table, key)?,
         };
-        let word = (at % self.slice_bytes / 8) as usize;
-        let load = |at: usize| slice.words.get(at).map_or(0, |word| word.load(Ordering::Acquire));
-        let bitmap = if self.geometry.extended_l2 { load(word + 1) } else { 0 };
-        let entry = decode_l2(load(word), bitmap, &self.geometry)?;
+        let entry = slice.entry(word, self.geometry.extended_l2);
         *recent = Some(slice);
-        self.run_of_entry(entry, file, data, offset)
+        Ok(entry)
+    }
+
+    /// Guest bytes that one slice maps: changes of entries go by pieces of it.
+    pub fn slice_covers(&self) -> u64 {
+        self.slice_bytes / 8 / self.geometry.l2_entry_words() * self.geometry.cluster_size()
+    }
+
+    /// The raw entries of `count` clusters from the one at `offset` on, within one slice; zeros without a table.
+    pub fn raw_entries(&self, file: &HostFile, offset: u64, count: u64) -> Result<Vec<RawEntry>> {
+        let L1Entry::Table { offset: table, .. } = self.table(offset)? else {
+            return Ok(vec![(0, 0); count as usize]);
+        };
+        let mut recent = None;
+        (0..count)
+            .map(|i| self.raw_entry_in(file, table, offset + i * self.geometry.cluster_size(), &mut recent))
+            .collect()
+    }
+
+    /// The host bytes for a write at `offset` that needs no change of the mapping, and how many: data in a cluster
+    /// that is referred to once.
+    pub fn own_run(
+        &self,
+        file: &HostFile,
+        data: &HostFile,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<(HostOffset, u64)>> {
+        let mut recent = None;
+        let mut found: Option<(HostOffset, u64)> = None;
+        for _ in 0..MERGE_MAX {
+            let done = found.map_or(0, |(_, len)| len);
+            if done >= len {
+                break;
+            }
+            let at = offset + done;
+            let L1Entry::Table { offset: table, copied: true } = self.table(at)? else { break };
+            let entry = self.entry_in(file, table, at, &mut recent)?;
+            let (L2Entry::Standard { copied: true, offset: host }
+            | L2Entry::Subclusters { copied: true, offset: Some(host), .. }) = entry
+            else {
+                break;
+            };
+            let piece = self.run_of_entry(entry, file, data, at)?;
+            let Source::Data(place) = piece.source else { break };
+            if found.is_some_and(|(first, len)| first.0 + len != place.0) {
+                break;
+            }
+            if !self.geometry.external_data {
+                data.check_not_table(host)?;
+            }
+            found = Some((found.map_or(place, |(first, _)| first), (done + piece.len).min(len)));
+        }
+        Ok(found)
+    }
+
+    /// Writes entries, from that of the cluster at `offset` on, within one slice of a table that is referred to once.
+    pub fn update(&self, file: &HostFile, offset: u64, entries: &[RawEntry]) -> Result<()> {
+        let L1Entry::Table { offset: table, .. } = self.table(offset)? else {
+            return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no table to change").at_offset(offset));
+        };
+        let (key, word) = self.place(table, offset);
+        let words: Vec<u64> = entries
+            .iter()
+            .flat_map(|(raw, bitmap)| [Some(*raw), self.geometry.extended_l2.then_some(*bitmap)])
+            .flatten()
+            .collect();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        let set = self.set(key);
+        let _changing = self.stripes.get(set % STRIPES).map(Mutex::lock);
+        file.write_at(&bytes, key + word as u64 * 8)?;
+        if let Some(slice) = self.find(self.ways(set), key) {
+            slice.store(word, &words);
+        }
+        Ok(())
+    }
+
+    /// Changes an L1 entry. One caller at a time.
+    pub fn set_table(&self, file: &HostFile, offset: u64, raw: u64) -> Result<()> {
+        let index = offset / self.geometry.l2_covers();
+        let l1 = self.l1.load();
+        let Some(word) = l1.words.get(index as usize) else {
+            return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset").at_offset(offset));
+        };
+        file.write_at(&raw.to_be_bytes(), l1.offset.0 + index * 8)?;
+        word.store(raw, Ordering::Release);
+        Ok(())
+    }
+
+    /// The L1 table: where it lies, and its entries.
+    pub fn l1(&self) -> (HostOffset, Vec<u64>) {
+        let l1 = self.l1.load();
+        (l1.offset, l1.words.iter().map(|word| word.load(Ordering::Acquire)).collect())
+    }
+
+    /// Goes over to an L1 table that was written elsewhere. Nobody changes entries meanwhile.
+    pub fn move_l1(&self, offset: HostOffset, words: Vec<u64>) {
+        self.l1.store(Arc::new(L1 { offset, words: words.into_iter().map(AtomicU64::new).collect() }));
+    }
+
+    /// Forgets what was loaded of an L2 table that lay where a new one was written.
+    pub fn forget_table(&self, table: HostOffset) {
+        for at in (0..self.geometry.cluster_size()).step_by(self.slice_bytes as usize) {
+            let set = self.set(table.0 + at);
+            let _changing = self.stripes.get(set % STRIPES).map(Mutex::lock);
+            for way in self.ways(set) {
+                if way.load().as_ref().is_some_and(|slice| slice.key == table.0 + at) {
+                    way.store(None);
+                }
+            }
+        }
     }
 
     fn run_of_entry(&self, entry: L2Entry, file: &HostFile, data: &HostFile, offset: u64) -> Result<Run> {
@@ -220,6 +405,10 @@ impl Mapping {
         ((hash * sets) >> 32) as usize
     }
 
+    fn ways(&self, set: usize) -> &[ArcSwapOption<Slice>] {
+        self.places.get(set * WAYS..(set + 1) * WAYS).unwrap_or_default()
+    }
+
     fn find(&self, ways: &[ArcSwapOption<Slice>], key: u64) -> Option<Arc<Slice>> {
         ways.iter().find_map(|way| {
             let slice = way.load();
@@ -235,7 +424,7 @@ impl Mapping {
     /// The slice with host offset `key`, which is part of the L2 table at `table`.
     fn slice(&self, file: &HostFile, table: HostOffset, key: u64) -> Result<Arc<Slice>> {
         let set = self.set(key);
-        let ways = self.places.get(set * WAYS..(set + 1) * WAYS).unwrap_or_default();
+        let ways = self.ways(set);
         if let Some(slice) = self.find(ways, key) {
             return Ok(slice);
         }
@@ -245,7 +434,7 @@ impl Mapping {
             return Ok(slice);
         }
         let words = read_words(file, HostOffset(key), self.slice_bytes)?;
-        let slice = Arc::new(Slice { key, words, used: AtomicBool::new(true) });
+        let slice = Arc::new(Slice { key, words, sequence: AtomicU64::new(0), used: AtomicBool::new(true) });
         if let Some(way) = victim(ways) {
             way.store(Some(slice.clone()));
         }

@@ -6,9 +6,13 @@
 //! | [`tables`] | L1 and L2 entries, decoded into what they mean |
 //! | [`snapshots`] | the table of internal snapshots |
 //! | [`host`] | the file, and what entries may point to in it |
-//! | [`mapping`] | from guest offsets to runs of bytes with one source |
+//! | [`mapping`] | from guest offsets to runs of bytes with one source, and changes of that |
 //! | [`compressed`] | compressed clusters |
 //! | `chain` | opening an image and all that lies below it |
+//! | `write` | changes of guest data: in place, or allocate, fill, sync, publish |
+//! | `resize` | changes of the disk's size |
+//! | [`range_lock`] | keeps two changes of one cluster apart |
+//! | [`session`], [`alloc`] | what a read-write open keeps: the marks in the header, and who may have which cluster |
 //! | [`refcount`] | how refcounts are stored, and references counted |
 //! | [`snapshot_table`], [`bitmaps_format`] | the directories of snapshots and bitmaps as a check reads them, entry by entry |
 //! | [`check`] | compares what the image says of itself with what is there, and repairs it |
@@ -16,18 +20,27 @@
 //! Strictness: an image is opened only if its header and snapshot table keep every rule; an L1 or L2 entry that breaks
 //! one is EIO for the clusters that it maps, and nothing else. Nothing is written to an image that was opened for
 //! reading.
+//!
+//! Every change of an L1 or L2 table is in the file when a request is answered, so a kill loses nothing that was
+//! answered. What a power loss may leave is the matter of `write` (guest data and L2 entries), [`session`] (refcounts)
+//! and `resize`.
 
 use self::compressed::Decompressor;
 use self::header::Header;
 use self::host::HostFile;
-use self::mapping::{CACHE_BYTES, Mapping, Source};
+use self::mapping::{CACHE_BYTES, Mapping, Run, Source};
+use self::session::Session;
 use self::snapshots::Snapshot;
+use self::write::Writer;
+use super::raw::RawImage;
 use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
-use crate::storage::{BlockStatus, Stamp, Storage};
+use crate::storage::{BlockStatus, SharedStorage, Stamp, Storage};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+pub mod alloc;
 pub mod bitmaps_format;
 mod chain;
 pub mod check;
@@ -36,12 +49,17 @@ pub mod extensions;
 pub mod header;
 pub mod host;
 pub mod mapping;
+mod prepare;
+pub mod range_lock;
 pub mod refcount;
+mod resize;
+pub mod session;
 pub mod snapshot_table;
 pub mod snapshots;
 pub mod tables;
 #[cfg(test)]
 mod test_image;
+mod write;
 
 /// Reads and checks the header of an image.
 pub fn read_header(storage: &dyn Storage) -> Result<Header> {
@@ -58,46 +76,86 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// A qcow2 image, or one of its internal snapshots.
 #[derive(Debug)]
 pub struct Qcow2Image {
+    /// As it was when the image was opened.
     header: Header,
     /// Size of the disk; an internal snapshot has its own.
-    size: u64,
+    size: AtomicU64,
     mapping: Mapping,
     decompressor: Decompressor,
     snapshots: Vec<Snapshot>,
-    file: HostFile,
+    file: Arc<HostFile>,
     /// The external data file.
-    data: Option<HostFile>,
+    data: Option<Arc<HostFile>>,
     backing: Option<Arc<dyn Image>>,
+    /// Where the image may be changed.
+    writer: Option<Writer>,
+    /// Of the file before anything was changed.
+    found: Stamp,
+}
+
+/// The files of one image, without what is below it.
+struct Files {
+    header: Header,
+    file: HostFile,
+    data: Option<HostFile>,
+    found: Stamp,
+    /// What the file is not cut below when it is closed.
+    keep_bytes: u64,
+}
+
+/// What an image consists of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The image's file.
+    pub file: SharedStorage,
+    /// The external data file.
+    pub data: Option<SharedStorage>,
+    /// The image below.
+    pub backing: Option<Arc<dyn Image>>,
 }
 
 impl Qcow2Image {
-    /// Opens an image, and what lies below it, for reading. Nothing is created or changed; EBUSY where somebody else
-    /// writes to one of the files.
+    /// Opens an image, and what lies below it; an internal snapshot for reading only. For reading, nothing is created or changed; for writing, an image that was
+    /// not closed is repaired first. EBUSY where somebody else uses one of the files in another way.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
-        if !options.read_only && options.snapshot.is_none() {
-            return Err(Error::new(errno::EROFS, "open", "qcow2 images can be served for reading only")
-                .at_path(path)
-                .hint("open it read-only (-r)"));
-        }
-        chain::open(path, options)
+        let read_only = options.read_only || options.snapshot.is_some();
+        chain::open(path, &OpenOptions { read_only, ..options.clone() })
+    }
+
+    /// An image over any storages, without locks; the names that it has for other files are not looked at.
+    pub fn over(parts: Parts, options: &OpenOptions) -> Result<Qcow2Image> {
+        let read_only = options.read_only;
+        let open_data = |header: &Header| {
+            let data = parts.data.clone().map(|data| RawImage::over(data, read_only)).transpose()?;
+            match (data, header.has_data_file()) {
+                (None, true) => Err(Error::new(errno::EINVAL, "open", "the external data file is missing")),
+                (data, needed) => Ok(data.filter(|_| needed)),
+            }
+        };
+        let files = prepare::prepare(RawImage::over(parts.file.clone(), read_only)?, open_data)?;
+        Qcow2Image::new(files, parts.backing, options)
     }
 
     /// An image of checked parts; of the internal snapshot with an ID or name, where one is given.
-    fn new(
-        header: Header,
-        mut file: HostFile,
-        data: Option<HostFile>,
-        backing: Option<Arc<dyn Image>>,
-        snapshot: Option<&str>,
-    ) -> Result<Qcow2Image> {
-        let snapshots = snapshots::read(&header, &mut file)?;
-        let (l1, size) = match snapshot.map(|name| snapshots::find(&snapshots, name)).transpose()? {
+    fn new(files: Files, backing: Option<Arc<dyn Image>>, options: &OpenOptions) -> Result<Qcow2Image> {
+        let Files { header, file, data, found, keep_bytes } = files;
+        let snapshots = snapshots::read(&header, &file)?;
+        let (l1, size) = match options.snapshot.as_deref().map(|name| snapshots::find(&snapshots, name)).transpose()? {
             Some(snapshot) => ((snapshot.l1_table_offset, snapshot.l1_size), snapshot.disk_size),
             None => ((header.l1_table_offset, header.l1_size), header.size),
         };
-        let mapping = Mapping::load(&file, header.geometry(), l1, size, CACHE_BYTES)?;
+        let cache_bytes = options.l2_cache_bytes.unwrap_or(CACHE_BYTES);
+        let mapping = Mapping::load(&file, header.geometry(), l1, size, cache_bytes)?;
         let decompressor = Decompressor::new(header.compression, &header.geometry());
-        Ok(Qcow2Image { header, size, mapping, decompressor, snapshots, file, data, backing })
+        let file = Arc::new(file);
+        let writer = if file.image.read_only() {
+            None
+        } else {
+            prepare::note_tables(&file, &mapping, &header)?;
+            Some(Writer::new(Session::new(file.clone(), &header, keep_bytes)?))
+        };
+        let (size, data) = (AtomicU64::new(size), data.map(Arc::new));
+        Ok(Qcow2Image { header, size, mapping, decompressor, snapshots, file, data, backing, writer, found })
     }
 
     /// The header.
@@ -117,7 +175,7 @@ impl Qcow2Image {
 
     /// Where guest data are.
     fn data(&self) -> &HostFile {
-        self.data.as_ref().unwrap_or(&self.file)
+        self.data.as_deref().unwrap_or(&self.file)
     }
 
     /// Reads what lies below; what the backing file doesn't have is zeros.
@@ -140,62 +198,9 @@ impl Qcow2Image {
         }
     }
 
-    fn refuse_change(&self, what: &str, offset: u64) -> Result<()> {
-        Err(Error::new(errno::EROFS, what, "the image is open for reading only").at_path(self.path()).at_offset(offset))
-    }
-}
-
-impl Image for Qcow2Image {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let there = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;
-        let (mut rest, behind) = buf.split_at_mut(there);
-        behind.fill(0);
-        let mut at = offset;
-        while !rest.is_empty() {
-            let run = self.mapping.run(&self.file, self.data(), at, rest.len() as u64)?;
-            let (piece, next) = rest.split_at_mut(run.len as usize);
-            match run.source {
-                Source::Data(host) => self.data().image.read_at(piece, host.0)?,
-                Source::Zero => piece.fill(0),
-                Source::Backing => self.read_backing(piece, at)?,
-                Source::Compressed(place) => {
-                    let from = (at % self.header.cluster_size()) as usize;
-                    self.decompressor.read(&self.file, place, piece, from).map_err(|e| e.at_offset(at))?;
-                }
-            }
-            at += run.len;
-            rest = next;
-        }
-        Ok(())
-    }
-
-    fn write_at(&self, _buf: &[u8], offset: u64) -> Result<()> {
-        self.refuse_change("write", offset)
-    }
-
-    fn write_zeroes(&self, offset: u64, _len: u64, discard: bool) -> Result<()> {
-        self.refuse_change(if discard { "discard" } else { "write zeros" }, offset)
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn resize(&self, _size: u64) -> Result<()> {
-        self.refuse_change("resize", 0)
-    }
-
-    /// Zero where the mapping says so, where nothing is below, and where the host's file has a hole.
-    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let there = self.size.saturating_sub(offset).min(len);
-        if there == 0 {
-            return Ok(BlockStatus { len, zero: true });
-        }
-        let run = self.mapping.run(&self.file, self.data(), offset, there)?;
+    /// The status of a run; the disk's size does not matter.
+    fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let run = self.mapping.run(&self.file, self.data(), offset, len)?;
         match run.source {
             Source::Data(host) => self.data().image.block_status(host.0, run.len),
             Source::Zero => Ok(BlockStatus { len: run.len, zero: true }),
@@ -204,8 +209,106 @@ impl Image for Qcow2Image {
         }
     }
 
+    /// Reads from compressed data. They may be given up while they are read: then the mapping says something else now,
+    /// and what was read, or an error, is no answer. False where that is so.
+    fn read_compressed(&self, buf: &mut [u8], offset: u64, run: Run) -> Result<bool> {
+        let Source::Compressed(place) = run.source else { return Ok(false) };
+        let from = (offset % self.header.cluster_size()) as usize;
+        let read = self.decompressor.read(&self.file, place, buf, from);
+        let still =
+            self.writer.is_none() || self.mapping.run(&self.file, self.data(), offset, run.len)?.source == run.source;
+        if still { read.map(|()| true).map_err(|e| e.at_offset(offset)) } else { Ok(false) }
+    }
+
+    /// What makes the image writable; refuses a change of one that was opened for reading, and of a range behind the end.
+    fn writer(&self, what: &str, offset: u64, len: u64) -> Result<&Writer> {
+        let error = |errno, why| Err(Error::new(errno, what, why).at_path(self.path()).at_offset(offset));
+        match (&self.writer, offset.checked_add(len)) {
+            (None, _) => error(errno::EROFS, "the image is open for reading only"),
+            (Some(writer), Some(end)) if end <= self.size() => Ok(writer),
+            _ => error(errno::ENOSPC, "past the end of the disk"),
+        }
+    }
+}
+
+impl Image for Qcow2Image {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let there = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (mut rest, behind) = buf.split_at_mut(there);
+        behind.fill(0);
+        let mut at = offset;
+        while !rest.is_empty() {
+            let run = self.mapping.run(&self.file, self.data(), at, rest.len() as u64)?;
+            let (piece, _) = rest.split_at_mut(run.len as usize);
+            match run.source {
+                Source::Data(host) => self.data().read_at(piece, host.0)?,
+                Source::Zero => piece.fill(0),
+                Source::Backing => self.read_backing(piece, at)?,
+                Source::Compressed(_) => {
+                    if !self.read_compressed(piece, at, run)? {
+                        continue;
+                    }
+                }
+            }
+            at += run.len;
+            rest = &mut rest[run.len as usize..];
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write(self.writer("write", offset, buf.len() as u64)?, buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, discard: bool) -> Result<()> {
+        let what = if discard { "discard" } else { "write zeros" };
+        self.zero(self.writer(what, offset, len)?, offset..offset + len, discard)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let freed = writer.session.lock().begin_flush();
+        let data = self.data.as_ref().map_or(Ok(()), |data| data.sync());
+        let synced = data.and_then(|()| self.file.sync());
+        let mut session = writer.session.lock();
+        match synced {
+            Ok(()) => session.alloc.end_flush(freed),
+            Err(e) => {
+                session.alloc.fail_flush(freed);
+                Err(e)
+            }
+        }
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.resize_to(self.writer("resize", 0, 0)?, size)
+    }
+
+    fn close(&self) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        self.flush()?;
+        writer.session.lock().close()
+    }
+
+    /// Zero where the mapping says so, where nothing is below, and where the host's file has a hole.
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let there = self.size().saturating_sub(offset).min(len);
+        if there == 0 {
+            return Ok(BlockStatus { len, zero: true });
+        }
+        self.status(offset, there)
+    }
+
     fn stamp(&self) -> Result<Stamp> {
         self.file.image.stamp()
+    }
+
+    fn found_stamp(&self) -> Result<Stamp> {
+        Ok(self.found.clone())
     }
 
     fn format(&self) -> Format {
@@ -217,7 +320,7 @@ impl Image for Qcow2Image {
     }
 
     fn read_only(&self) -> bool {
-        true
+        self.writer.is_none()
     }
 
     fn is_block_device(&self) -> bool {

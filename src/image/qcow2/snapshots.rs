@@ -6,7 +6,7 @@ use super::header::{Header, L1_MAX_BYTES, be32, be64, check_place};
 use super::host::HostFile;
 use super::tables::HostOffset;
 use crate::error::{Error, Result, errno};
-use crate::image::Image;
+use crate::storage::Storage;
 use crate::units::MAX_DISK_BYTES;
 
 /// Bytes of an entry before its extra data.
@@ -47,7 +47,7 @@ fn bad(index: u32, why: impl Into<String>) -> Error {
 
 /// Reads the table of an image, and takes its clusters and those of the L1 tables away from what L2 entries may point
 /// to.
-pub fn read(header: &Header, file: &mut HostFile) -> Result<Vec<Snapshot>> {
+pub fn read(header: &Header, file: &HostFile) -> Result<Vec<Snapshot>> {
     let mut snapshots = Vec::new();
     if header.nb_snapshots == 0 {
         return Ok(snapshots);
@@ -77,7 +77,7 @@ pub fn read(header: &Header, file: &mut HostFile) -> Result<Vec<Snapshot>> {
 /// The entry at `at` and its length in the table.
 fn read_entry(header: &Header, file: &HostFile, index: u32, at: u64) -> Result<(Snapshot, u64)> {
     let mut fixed = [0; ENTRY_BYTES];
-    file.image.read_at(&mut fixed, at)?;
+    file.read_at(&mut fixed, at)?;
     let id_bytes = u64::from(be32(&fixed, 12) >> 16);
     let name_bytes = u64::from(be32(&fixed, 12) & 0xffff);
     let extra_bytes = u64::from(be32(&fixed, 36));
@@ -90,7 +90,7 @@ fn read_entry(header: &Header, file: &HostFile, index: u32, at: u64) -> Result<(
         return Err(bad(index, format!("ends at {end}, behind the file of {} bytes", file.bytes())));
     }
     let mut variable = vec![0; variable_bytes as usize];
-    file.image.read_at(&mut variable, at + ENTRY_BYTES as u64)?;
+    file.read_at(&mut variable, at + ENTRY_BYTES as u64)?;
     let (extra, strings) = variable.split_at(extra_bytes as usize);
     let (id, name) = strings.split_at(id_bytes as usize);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -109,7 +109,7 @@ fn read_entry(header: &Header, file: &HostFile, index: u32, at: u64) -> Result<(
     Ok((snapshot, (ENTRY_BYTES as u64 + variable_bytes).next_multiple_of(8)))
 }
 
-fn reserve_l1(header: &Header, file: &mut HostFile, snapshot: &Snapshot) -> std::result::Result<(), String> {
+fn reserve_l1(header: &Header, file: &HostFile, snapshot: &Snapshot) -> std::result::Result<(), String> {
     let fail = |why: String| Err(format!("l1_size: {why}"));
     let bytes = u64::from(snapshot.l1_size) * 8;
     if bytes > L1_MAX_BYTES {

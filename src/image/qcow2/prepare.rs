@@ -1,0 +1,97 @@
+//! From an open file to one whose header is believed; for writing, to one that may be changed.
+//!
+//! Before the first change of a read-write open: a corrupt image is refused; one whose refcounts may be wrong (the dirty
+//! bit, or version 2, which has none) is checked and repaired; autoclear bits that this program does not know are
+//! cleared; what an earlier kill left in the page cache is made durable.
+
+use super::Files;
+use super::check::{Repair, repair};
+use super::header::{Header, autoclear};
+use super::host::HostFile;
+use super::mapping::Mapping;
+use super::read_header;
+use super::tables::{L1Entry, decode_l1};
+use crate::error::{Error, Result, errno};
+use crate::image::Image;
+use crate::image::raw::RawImage;
+use crate::storage::Storage;
+
+/// Where the header keeps `autoclear_features`.
+const AUTOCLEAR_AT: u64 = 88;
+
+/// Reads the header; opens the external data file with `open_data`, which gives one where the header asks for it.
+pub(super) fn prepare(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Option<RawImage>>) -> Result<Files> {
+    let found = image.stamp()?;
+    let mut keep_bytes = image.size();
+    let plain = HostFile::of_data(image);
+    let mut header = read_header(&plain)?;
+    if !plain.image.read_only() {
+        refuse_corrupt(&plain, &header)?;
+    }
+    let data = open_data(&header)?.map(HostFile::of_data);
+    if !plain.image.read_only() {
+        if let Some(data) = &data {
+            data.sync()?;
+            if data.bytes() < header.size && !data.image.is_block_device() {
+                data.grow(header.size)?;
+            }
+        }
+        if header.is_dirty() || header.version < 3 {
+            mend(&plain, &header)?;
+            keep_bytes = if header.is_dirty() { 0 } else { keep_bytes };
+            header = read_header(&plain)?;
+        }
+        clear_unknown(&plain, &mut header)?;
+        plain.sync()?;
+    }
+    Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
+}
+
+fn mend(file: &HostFile, header: &Header) -> Result<()> {
+    if header.is_dirty() {
+        log::info!("{}: was not closed; its refcounts are rebuilt", file.path().display());
+    }
+    let repaired = repair(file, Repair::All)?;
+    if !repaired.after.is_clean() || repaired.after.dirty {
+        return Err(Error::new(errno::EIO, "repair", "faults are left that it does not cure")
+            .at_path(file.path())
+            .hint("look at them with: fleecefs check IMAGE"));
+    }
+    if repaired.before.corruptions > 0 && !header.is_dirty() {
+        log::warn!("{}: {} faults in refcounts repaired", file.path().display(), repaired.before.corruptions);
+    }
+    Ok(())
+}
+
+fn refuse_corrupt(file: &HostFile, header: &Header) -> Result<()> {
+    if !header.is_corrupt() {
+        return Ok(());
+    }
+    Err(Error::new(errno::EIO, "open", "the image is marked corrupt, and can be opened for reading only")
+        .at_path(file.path())
+        .hint("repair it with: fleecefs check --repair IMAGE"))
+}
+
+fn clear_unknown(file: &HostFile, header: &mut Header) -> Result<()> {
+    // What the bitmaps record would miss our writes.
+    let kept = header.autoclear_features & autoclear::RAW_DATA_FILE;
+    if kept != header.autoclear_features {
+        file.write_at(&kept.to_be_bytes(), AUTOCLEAR_AT)?;
+        header.autoclear_features = kept;
+    }
+    Ok(())
+}
+
+/// Notes where the L2 tables lie, so that no guest data are written there.
+pub(super) fn note_tables(file: &HostFile, mapping: &Mapping, header: &Header) -> Result<()> {
+    let (_, tables) = mapping.l1();
+    let mut offsets = Vec::new();
+    for raw in tables {
+        // An entry that is wrong is an error where it is used.
+        if let Ok(L1Entry::Table { offset, .. }) = decode_l1(raw, &header.geometry()) {
+            offsets.push(offset.0);
+        }
+    }
+    file.note_tables(offsets);
+    Ok(())
+}

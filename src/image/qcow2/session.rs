@@ -1,0 +1,192 @@
+//! What a read-write open keeps: the allocator and the marks of a session in the header.
+//!
+//! Version 3: the dirty bit is durable before the first refcount changes; from then on L1 and L2 tables are the only
+//! truth, and refcounts are written, and the bit cleared, by [`Session::close`]. Version 2 has no such bit. There
+//! refcounts are durable before a cluster is published: clusters are counted [`AHEAD_CLUSTERS`] at a time and handed out
+//! of those, and a refcount that goes down is written late; so a power loss leaks clusters at most, and a read-write open
+//! looks for leaks.
+
+use super::alloc::{Allocator, Freed, set_dirty};
+use super::header::Header;
+use super::host::HostFile;
+use super::refcount::{Place, Width};
+use super::tables::{CompressedAt, HostOffset};
+use crate::error::{Error, Result, errno};
+use crate::storage::Storage;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Clusters that version 2 counts at a time.
+const AHEAD_CLUSTERS: u64 = 64;
+
+/// The state of a read-write open; its owner serialises the calls.
+#[derive(Debug)]
+pub struct Session {
+    file: Arc<HostFile>,
+    /// Who may have the next clusters.
+    pub alloc: Allocator,
+    cluster_bits: u32,
+    version: u32,
+    incompatible_features: u64,
+    dirty: bool,
+    /// Version 2: counted, but not handed out.
+    ahead: Range<u64>,
+    /// Clusters from here on were never used: they read as zeros whatever happens.
+    fresh_from: u64,
+    /// What the file is not cut below.
+    keep_bytes: u64,
+    /// Refcount blocks that are noted as tables.
+    noted_blocks: usize,
+}
+
+/// Clusters in a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Clusters {
+    /// The first one's host offset.
+    pub offset: HostOffset,
+    /// How many.
+    pub count: u64,
+    /// They read as zeros, and a power loss does not change that.
+    pub fresh: bool,
+}
+
+impl Session {
+    /// Of an image whose refcounts are right. At its end the file is cut behind its last cluster, but not below
+    /// `keep_bytes`.
+    pub fn new(file: Arc<HostFile>, header: &Header, keep_bytes: u64) -> Result<Session> {
+        let width = Width::new(header.refcount_order)
+            .ok_or_else(|| Error::new(errno::EINVAL, "qcow2 header: refcount_order", "more than 6"))?;
+        let place = Place {
+            cluster_bits: header.cluster_bits,
+            width,
+            table_offset: header.refcount_table_offset.0,
+            table_clusters: u64::from(header.refcount_table_clusters),
+        };
+        let mut alloc = Allocator::open(file.clone(), place)?;
+        for (start, end, name) in file.areas() {
+            alloc.protect(start >> header.cluster_bits..end >> header.cluster_bits, name);
+        }
+        let mut session = Session {
+            fresh_from: file.bytes().div_ceil(header.cluster_size()),
+            file,
+            alloc,
+            cluster_bits: header.cluster_bits,
+            version: header.version,
+            incompatible_features: header.incompatible_features,
+            dirty: false,
+            ahead: 0..0,
+            keep_bytes,
+            noted_blocks: 0,
+        };
+        session.note_blocks();
+        Ok(session)
+    }
+
+    /// Hands out clusters, at least one and at most `count`, for guest data.
+    pub fn allocate(&mut self, count: u64) -> Result<Clusters> {
+        self.begin()?;
+        let clusters = if self.version == 2 { self.allocate_counted(count)? } else { self.alloc.allocate(count)? };
+        self.note_blocks();
+        let offset = HostOffset(clusters.start << self.cluster_bits);
+        let end = clusters.end << self.cluster_bits;
+        for cluster in clusters.clone() {
+            self.file.check_not_table(HostOffset(cluster << self.cluster_bits))?;
+        }
+        if end > self.file.bytes() {
+            self.file.grow(end)?;
+        }
+        let fresh = clusters.start >= self.fresh_from;
+        self.fresh_from = self.fresh_from.max(clusters.end);
+        Ok(Clusters { offset, count: clusters.end - clusters.start, fresh })
+    }
+
+    fn allocate_counted(&mut self, count: u64) -> Result<Range<u64>> {
+        if self.ahead.is_empty() {
+            self.ahead = self.alloc.allocate(count.max(AHEAD_CLUSTERS))?;
+            // A check sees no refcounts of clusters behind the end of the file.
+            self.file.grow(self.ahead.end << self.cluster_bits)?;
+            self.alloc.write_refcounts()?;
+        }
+        let end = self.ahead.end.min(self.ahead.start + count);
+        let clusters = self.ahead.start..end;
+        self.ahead.start = end;
+        Ok(clusters)
+    }
+
+    /// Hands out exactly `count` clusters in a row, with their refcounts as the version asks.
+    pub fn allocate_row(&mut self, count: u64) -> Result<HostOffset> {
+        self.begin()?;
+        let clusters = self.alloc.allocate_row(count)?;
+        self.note_blocks();
+        self.fresh_from = self.fresh_from.max(clusters.end);
+        if self.version == 2 {
+            self.file.grow(clusters.end << self.cluster_bits)?;
+            self.alloc.write_refcounts()?;
+        }
+        Ok(HostOffset(clusters.start << self.cluster_bits))
+    }
+
+    /// Gives back what was handed out and not published.
+    pub fn take_back(&mut self, clusters: &Clusters) -> Result<()> {
+        let first = clusters.offset.0 >> self.cluster_bits;
+        self.alloc.take_back(first..first + clusters.count)
+    }
+
+    /// Whether a cluster is referred to once.
+    pub fn is_own(&mut self, offset: HostOffset) -> Result<bool> {
+        Ok(self.alloc.refcount(offset.0 >> self.cluster_bits)? == 1)
+    }
+
+    /// One reference to a cluster is gone from the tables in the file.
+    pub fn free(&mut self, offset: HostOffset) -> Result<()> {
+        self.begin()?;
+        self.alloc.free(offset.0 >> self.cluster_bits)
+    }
+
+    /// A compressed cluster is gone from the tables in the file: one reference to each host cluster that it touched.
+    pub fn free_compressed(&mut self, at: CompressedAt) -> Result<()> {
+        self.begin()?;
+        let first = at.offset.0 >> self.cluster_bits;
+        let last = (at.offset.0 + at.max_bytes - 1) >> self.cluster_bits;
+        (first..=last).try_for_each(|cluster| self.alloc.free(cluster))
+    }
+
+    /// See [`Allocator::begin_flush`].
+    pub fn begin_flush(&mut self) -> Freed {
+        self.alloc.begin_flush()
+    }
+
+    /// Before the first change of a refcount, or of an entry that lets a cluster go.
+    pub fn begin(&mut self) -> Result<()> {
+        if self.version >= 3 && !self.dirty {
+            self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, true)?;
+            self.dirty = true;
+        }
+        Ok(())
+    }
+
+    fn note_blocks(&mut self) {
+        let count = self.alloc.block_count();
+        if count != self.noted_blocks {
+            self.file.note_tables(self.alloc.block_offsets());
+            self.noted_blocks = count;
+        }
+    }
+
+    /// Ends the session: refcounts are right and durable, the dirty bit is clear, the file ends with its last cluster.
+    /// The caller has flushed. A change afterwards begins a new session.
+    pub fn close(&mut self) -> Result<()> {
+        let ahead = std::mem::replace(&mut self.ahead, 0..0);
+        self.alloc.take_back(ahead)?;
+        self.alloc.write_refcounts()?;
+        let end = (self.alloc.end() << self.cluster_bits).max(self.keep_bytes);
+        if end < self.file.bytes() {
+            self.file.set_len(end)?;
+        }
+        if self.dirty {
+            self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, false)?;
+            self.dirty = false;
+        }
+        Ok(())
+    }
+}

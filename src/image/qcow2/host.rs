@@ -2,7 +2,7 @@
 //!
 //! The file is driven as a raw image, so it is locked as QEMU locks it and takes any range with O_DIRECT too. On top of
 //! that, as a [`Storage`]:
-//! - **It grows by steps, durably.** A write behind its end makes it longer, in steps of [`GROWTH_BYTES`], and syncs the
+//! - **It grows by steps, durably.** A write behind its end makes it longer, in steps ([`GROWTH_BYTES`]), and syncs the
 //!   new length before anything else: an entry never points behind the end, whatever a power loss leaves.
 //! - **It syncs once for many.** A sync that began after a caller's writes serves that caller; others wait for it.
 //! - **A sync that failed fails for ever**: what it was to save may be lost without another word.
@@ -17,11 +17,12 @@ use crate::storage::{BlockStatus, Stamp, Storage};
 use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::{BTreeMap, HashSet};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Step by which an image's file grows, in bytes; an external data file grows to what is written.
-const GROWTH_BYTES: u64 = 16 << 20;
+/// Steps by which an image's file grows: an eighth of its length, within these bytes.
+const GROWTH_BYTES: RangeInclusive<u64> = 16 << 20..=1 << 30;
 
 /// Metadata in whole clusters: by its start its end and name.
 type Areas = BTreeMap<u64, (u64, &'static str)>;
@@ -35,7 +36,8 @@ pub struct HostFile {
     areas: ArcSwap<Areas>,
     /// Host offsets of L2 tables and refcount blocks, known where the image is open for writing.
     tables: RwLock<HashSet<u64>>,
-    growth_bytes: u64,
+    /// Grows by steps; an external data file grows to what is written.
+    by_steps: bool,
     growing: Mutex<()>,
     syncs: Mutex<Syncs>,
     synced: Condvar,
@@ -57,21 +59,21 @@ struct Syncs {
 impl HostFile {
     /// A file of guest data alone.
     pub fn of_data(image: RawImage) -> HostFile {
-        HostFile::over(image, Areas::new(), 1)
+        HostFile::over(image, Areas::new(), false)
     }
 
     /// The file that `header` was read from.
     pub fn of_image(image: RawImage, header: &Header) -> HostFile {
         let areas = header.areas().into_iter().map(|(name, area)| (area.start, (area.end, name))).collect();
-        HostFile::over(image, areas, GROWTH_BYTES)
+        HostFile::over(image, areas, true)
     }
 
-    fn over(image: RawImage, areas: Areas, growth_bytes: u64) -> HostFile {
+    fn over(image: RawImage, areas: Areas, by_steps: bool) -> HostFile {
         HostFile {
             image,
             areas: ArcSwap::from_pointee(areas),
             tables: RwLock::default(),
-            growth_bytes,
+            by_steps,
             growing: Mutex::new(()),
             syncs: Mutex::default(),
             synced: Condvar::new(),
@@ -170,7 +172,9 @@ impl HostFile {
             let why = format!("the block device is full: it has {} bytes", self.bytes());
             return Err(Error::new(errno::ENOSPC, "allocate", why).at_path(self.path()).hint("enlarge the device"));
         }
-        self.image.resize(bytes.next_multiple_of(self.growth_bytes))?;
+        let (least, most) = GROWTH_BYTES.into_inner();
+        let step = if self.by_steps { (self.bytes() / 8).clamp(least, most).next_power_of_two() } else { 1 };
+        self.image.resize(bytes.next_multiple_of(step))?;
         self.sync()
     }
 

@@ -29,6 +29,8 @@ pub struct Session {
     version: u32,
     incompatible_features: u64,
     dirty: bool,
+    /// Clusters are counted that nothing refers to: the image stays dirty, and the next open finds them.
+    leaks: bool,
     /// Version 2: counted, but not handed out.
     ahead: Range<u64>,
     /// Clusters from here on were never used: they read as zeros whatever happens.
@@ -74,6 +76,7 @@ impl Session {
             version: header.version,
             incompatible_features: header.incompatible_features,
             dirty: false,
+            leaks: false,
             ahead: 0..0,
             keep_bytes,
             noted_blocks: 0,
@@ -127,9 +130,19 @@ impl Session {
     }
 
     /// Gives back what was handed out and not published.
-    pub fn take_back(&mut self, clusters: &Clusters) -> Result<()> {
+    pub fn take_back(&mut self, clusters: &Clusters) {
         let first = clusters.offset.0 >> self.cluster_bits;
-        self.alloc.take_back(first..first + clusters.count)
+        if let Err(e) = self.alloc.take_back(first..first + clusters.count) {
+            self.leak(&e);
+        }
+    }
+
+    /// Clusters can be neither used nor freed, for this reason.
+    pub fn leak(&mut self, e: &Error) {
+        if !self.leaks {
+            log::warn!("{e}; clusters leak until the image is opened again");
+        }
+        self.leaks = true;
     }
 
     /// Whether a cluster is referred to once.
@@ -173,8 +186,8 @@ impl Session {
         }
     }
 
-    /// Ends the session: refcounts are right and durable, the dirty bit is clear, the file ends with its last cluster.
-    /// The caller has flushed. A change afterwards begins a new session.
+    /// Ends the session: refcounts are right and durable, the dirty bit is clear unless clusters leaked, the file ends with
+    /// its last cluster. The caller has flushed. A change afterwards begins a new session.
     pub fn close(&mut self) -> Result<()> {
         let ahead = std::mem::replace(&mut self.ahead, 0..0);
         self.alloc.take_back(ahead)?;
@@ -183,7 +196,7 @@ impl Session {
         if end < self.file.bytes() {
             self.file.set_len(end)?;
         }
-        if self.dirty {
+        if self.dirty && !self.leaks {
             self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, false)?;
             self.dirty = false;
         }

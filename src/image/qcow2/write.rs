@@ -244,10 +244,7 @@ impl Qcow2Image {
             .and_then(|durable_first| if durable_first { self.data().sync() } else { Ok(()) });
         if let Err(e) = filled {
             let mut session = writer.session.lock();
-            for clusters in &allocated {
-                // Where this fails too, they leak until the next repair.
-                let _ = session.take_back(clusters);
-            }
+            allocated.iter().for_each(|clusters| session.take_back(clusters));
             return Err(e);
         }
         if changed {
@@ -255,9 +252,11 @@ impl Qcow2Image {
                 writer.session.lock().begin()?;
             }
             let entries: Vec<RawEntry> = plans.iter().map(|plan| plan.entry).collect();
-            self.mapping.update(&self.file, first, &entries)?;
+            let written = self.mapping.update(&self.file, first, &entries);
+            written.inspect_err(|e| writer.session.lock().leak(e))?;
         }
-        self.let_go(writer, &plans)
+        self.let_go(writer, &plans);
+        Ok(())
     }
 
     fn plan(&self, writer: &Writer, guest: u64, part: Range<u64>, raw: RawEntry, content: Content<'_>) -> Result<Plan> {
@@ -371,13 +370,16 @@ impl Qcow2Image {
             None => self.file.write_at(&vec![0; cluster_size as usize], new.offset.0).and_then(|()| self.file.sync()),
         };
         if let Err(e) = written {
-            session.take_back(&new)?;
+            session.take_back(&new);
             return Err(e);
         }
         self.mapping.forget_table(new.offset);
         self.file.note_tables([new.offset.0]);
-        self.mapping.set_table(&self.file, offset, new.offset.0 | COPIED)?;
-        old.map_or(Ok(()), |old| session.free(old))
+        let linked = self.mapping.set_table(&self.file, offset, new.offset.0 | COPIED);
+        linked.inspect_err(|e| session.leak(e))?;
+        let freed = old.map_or(Ok(()), |old| session.free(old));
+        let _ = freed.inspect_err(|e| session.leak(e));
+        Ok(())
     }
 
     fn copy_table(&self, from: HostOffset, to: HostOffset) -> Result<()> {
@@ -480,19 +482,24 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Gives up what the entries no longer refer to, now that they are written.
-    fn let_go(&self, writer: &Writer, plans: &[Plan]) -> Result<()> {
+    /// Gives up what the entries no longer refer to, now that they are written. The request is done: what fails here
+    /// costs space alone.
+    fn let_go(&self, writer: &Writer, plans: &[Plan]) {
         for plan in plans {
-            match plan.old {
-                Old::Nothing => (),
-                Old::Cluster(host) => writer.session.lock().free(host)?,
-                Old::Compressed(at) => writer.session.lock().free_compressed(at)?,
-            }
-            if let (true, Some(host)) = (plan.punch, plan.host_of(plan.part.start)) {
-                self.data().punch_hole(host.0, plan.part.end - plan.part.start)?;
+            let mut session = writer.session.lock();
+            let freed = match plan.old {
+                Old::Nothing => Ok(()),
+                Old::Cluster(host) => session.free(host),
+                Old::Compressed(at) => session.free_compressed(at),
+            };
+            let _ = freed.inspect_err(|e| session.leak(e));
+            drop(session);
+            if let (true, Some(host)) = (plan.punch, plan.host_of(plan.part.start))
+                && let Err(e) = self.data().punch_hole(host.0, plan.part.end - plan.part.start)
+            {
+                log::debug!("a discarded range keeps its space: {e}");
             }
         }
-        Ok(())
     }
 
     /// Whether a range is known to read as zeros.

@@ -36,6 +36,7 @@ use super::raw::RawImage;
 use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
 use crate::storage::{BlockStatus, SharedStorage, Stamp, Storage};
+use crate::units::MAX_DISK_BYTES;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -145,7 +146,9 @@ impl Qcow2Image {
             None => ((header.l1_table_offset, header.l1_size), header.size),
         };
         let cache_bytes = options.l2_cache_bytes.unwrap_or(CACHE_BYTES);
-        let mapping = Mapping::load(&file, header.geometry(), l1, size, cache_bytes)?;
+        // What may grow gets room for more than its size needs now.
+        let cached_size = if file.image.read_only() { size } else { MAX_DISK_BYTES };
+        let mapping = Mapping::load(&file, header.geometry(), l1, cached_size, cache_bytes)?;
         let decompressor = Decompressor::new(header.compression, &header.geometry());
         let file = Arc::new(file);
         let writer = if file.image.read_only() {

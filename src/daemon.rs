@@ -17,8 +17,10 @@
 
 mod images;
 mod logging;
+mod own_mount;
 
-pub use images::{absolute, check_images, refuse_inside};
+pub use images::{absolute, check_images};
+pub use own_mount::OwnMount;
 
 use crate::error::{Error, Result, errno};
 use crate::fleece::{Disk, DiskSpec, Fleece, Options, Snapshot, SnapshotRequest};
@@ -102,7 +104,7 @@ pub fn explain(e: &Error) -> String {
 /// Serves until the end. In the background mode this returns in the daemon only; the caller's process has exited by
 /// then, with 0 once the mount answers.
 pub fn run(plan: &Plan) -> Result<()> {
-    check_images(&plan.disks, &plan.mountpoint)?;
+    check_images(&plan.disks, &plan.options, &plan.mountpoint)?;
     session::check_mountpoint(&plan.mountpoint)?;
     if plan.foreground {
         logging::to_stderr();
@@ -376,8 +378,7 @@ impl Host for Daemon {
     }
 
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
-        let served = self.fleece.disks();
-        images::check_added(spec, &self.mountpoint, served.iter().map(|disk| (disk.name(), disk.image_path())))?;
+        images::check_added(spec, &self.mountpoint, &self.fleece)?;
         self.fleece.add_disk(spec)
     }
 

@@ -13,18 +13,26 @@ mod consumers;
 mod crash;
 #[path = "blackbox/faults.rs"]
 mod faults;
+#[path = "blackbox/foreign.rs"]
+mod foreign;
 #[path = "blackbox/formats.rs"]
 mod formats;
 #[path = "blackbox/fsx.rs"]
 mod fsx;
 #[path = "blackbox/live.rs"]
 mod live;
+#[path = "blackbox/locks.rs"]
+mod locks;
 #[path = "blackbox/loops.rs"]
 mod loops;
 #[path = "blackbox/maps.rs"]
 mod maps;
 #[path = "blackbox/mounting.rs"]
 mod mounting;
+#[path = "blackbox/paths.rs"]
+mod paths;
+#[path = "blackbox/probing.rs"]
+mod probing;
 #[path = "blackbox/qcow2.rs"]
 mod qcow2;
 #[path = "blackbox/qmp.rs"]

@@ -42,7 +42,7 @@ impl Mount {
         let file = dir.path().join("vda.raw");
         File::create(&file).unwrap().set_len(DISK).unwrap();
         let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
-        fleece.add_disk(&DiskSpec { name: None, file, format: None, read_only: false, snapshot: None }).unwrap();
+        fleece.add_disk(&DiskSpec { file, ..Default::default() }).unwrap();
         let mountpoint = dir.path().join("mnt");
         fs::create_dir(&mountpoint).unwrap();
         check_mountpoint(&mountpoint).unwrap();
@@ -554,7 +554,7 @@ fn child_that_serves() {
     let Some(dir) = std::env::var_os(SERVE) else { return };
     let fleece = Fleece::new(Options { state_dir: Some(Path::new(&dir).join("state")), ..Options::default() });
     let file = Path::new(&dir).join("vda.raw");
-    fleece.add_disk(&DiskSpec { name: None, file, format: None, read_only: false, snapshot: None }).unwrap();
+    fleece.add_disk(&DiskSpec { file, ..Default::default() }).unwrap();
     let me = fs::metadata(&dir).unwrap();
     let options = MountOptions {
         threads: 4,

@@ -90,7 +90,7 @@ impl Drop for Fixture {
 }
 
 fn spec(name: &str, file: PathBuf) -> DiskSpec {
-    DiskSpec { name: Some(name.into()), file, format: None, read_only: false, snapshot: None }
+    DiskSpec { name: Some(name.into()), file, ..Default::default() }
 }
 
 /// A connection on which every byte is ours.
@@ -342,6 +342,21 @@ fn disks_come_grow_and_go() {
     assert_eq!(c.execute("fleecefs-status", json!({})).unwrap()["disks"].as_array().unwrap().len(), 2);
     c.execute("fleecefs-disk-remove", json!({"name": "vdb"})).unwrap();
     assert_eq!(f.fleece.disks().len(), 1);
+    let shared = |more: serde_json::Value| {
+        let mut arguments = json!({"file": image, "format": "raw", "force-share": true, "l2-cache-size": 1 << 20});
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        arguments
+    };
+    for (more, why) in [
+        (json!({}), "force-share=on can only be used with read-only images"),
+        (json!({"read-only": true, "l2-cache-size": 1}), "l2-cache-size 1: not from 128K to 64G"),
+    ] {
+        let e = c.execute("fleecefs-disk-add", shared(more)).unwrap_err();
+        assert!(e.to_string().contains(why), "{e}");
+    }
+    c.execute("fleecefs-disk-add", shared(json!({"read-only": true}))).unwrap();
+    let e = c.execute("fleecefs-snapshot-create", json!({"name": "s", "disks": ["vdb"]})).unwrap_err();
+    assert!(e.to_string().contains("cannot be frozen"), "{e}");
 }
 
 #[test]

@@ -5,8 +5,8 @@ use super::output::{Out, Table, printable};
 use super::{Exit, JsonArg};
 use crate::error::{Error, Result};
 use crate::image::qcow2::bitmaps_format::{Directory, Entry};
-use crate::image::qcow2::header::{Compression, Header, compatible};
-use crate::image::qcow2::read_header;
+use crate::image::qcow2::header::{Compression, Encryption, Header, compatible};
+use crate::image::qcow2::look_at_header;
 use crate::image::qcow2::snapshot_table::{Snapshot, SnapshotTable};
 use crate::storage::Storage;
 use crate::units::human_size;
@@ -68,7 +68,7 @@ fn gather(local: &Local, path: &Path) -> Result<Info> {
         let virtual_bytes = local.file.len()?.next_multiple_of(512);
         return Ok(Info { format: "raw", virtual_bytes, stored_bytes, qcow2: None });
     }
-    let header = read_header(&local.file)?;
+    let header = look_at_header(&local.file)?;
     let mut faults = Vec::new();
     let snapshots = SnapshotTable::read(&local.file, &header).unwrap_or_else(|e| {
         faults.push(e.to_string());
@@ -128,6 +128,13 @@ fn compression_name(header: &Header) -> &'static str {
     }
 }
 
+fn encryption_name(header: &Header) -> Option<&'static str> {
+    header.encryption.map(|encryption| match encryption {
+        Encryption::Aes => "aes",
+        Encryption::Luks => "luks",
+    })
+}
+
 /// A relative name is relative to the image's directory, as in QEMU.
 fn beside(path: &Path, name: &str) -> String {
     let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
@@ -176,6 +183,10 @@ impl Qcow2Info {
             data.insert("corrupt".into(), json!(self.header.is_corrupt()));
             data.insert("extended-l2".into(), json!(self.header.has_extended_l2()));
         }
+        if let Some(name) = encryption_name(&self.header) {
+            object.insert("encrypted".into(), json!(true));
+            data.insert("encrypt".into(), json!({ "format": name }));
+        }
         if let Some(name) = self.data_file() {
             data.insert("data-file".into(), json!(name));
         }
@@ -206,6 +217,9 @@ impl Qcow2Info {
         if header.version >= 3 {
             rows.push(("lazy refcounts", yes_no(self.lazy_refcounts())));
             rows.push(("extended L2", yes_no(header.has_extended_l2())));
+        }
+        if let Some(name) = encryption_name(header) {
+            rows.push(("encrypted", format!("yes ({name}): it cannot be served")));
         }
         if let Some(name) = self.data_file() {
             rows.push(("data file", format!("{name}{}", if header.has_raw_data_file() { " (raw)" } else { "" })));

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result, errno};
 use crate::image::qcow2::header::MAGIC;
 use crate::storage::Storage;
-use crate::storage::lock::ImageLock;
+use crate::storage::lock::{Access, ImageLock};
 use crate::storage::os::{OpenOptions, OsFile};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -33,22 +33,24 @@ pub struct Local {
     pub format: LocalFormat,
     /// Its file; before the lock, which outlives it.
     pub file: OsFile,
-    _lock: Option<ImageLock>,
+    _lock: ImageLock,
 }
 
 impl LocalArgs {
-    /// Opens the image. `force_share` takes no lock: what is read may change meanwhile.
+    /// Opens the image. `force_share`: whatever others do to it meanwhile; not together with writing.
     pub fn open(&self, write: bool, force_share: bool) -> Result<Local> {
         let file = OsFile::open(&self.image, &OpenOptions { write, noatime: !write, ..Default::default() })?;
-        let lock = if force_share {
-            None
-        } else {
-            let lock = ImageLock::take(&file, write);
-            Some(lock.map_err(|e| match e.errno() {
-                errno::EBUSY if !write => e.hint("look at it while it is in use with --force-share (-U)"),
-                _ => e,
-            })?)
+        let access = match (write, force_share) {
+            (true, _) => Access::Write,
+            (false, false) => Access::Read,
+            (false, true) => Access::ReadShared,
         };
+        let lock = ImageLock::take(&file, access).map_err(|e| match access {
+            Access::Read if e.errno() == errno::EBUSY => {
+                e.hint("look at it while it is in use with --force-share (-U)")
+            }
+            _ => e,
+        })?;
         let format = match self.format {
             Some(format) => format,
             None => probe(&file)?,

@@ -1,8 +1,8 @@
 //! `fleecefs mount`: parses and checks everything before anything is touched.
 
 use super::Exit;
-use super::spec::{parse_disk_option, parse_format, parse_image};
-use crate::daemon::{self, Plan, absolute, refuse_inside};
+use super::spec::{l2_cache_size, parse_disk_option, parse_format, parse_image};
+use crate::daemon::{self, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
 use crate::fleece::{Options, StoreErrorPolicy};
 use crate::image::{Cache, Format};
@@ -20,13 +20,17 @@ pub struct MountArgs {
     /// Serve the images read-only
     #[arg(short = 'r')]
     read_only: bool,
+    /// Read the images while others may write to them; with -r
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Format of the images
     #[arg(short = 'f', value_name = "FMT", value_parser = |text: &str| parse_format(text).map_err(|e| e.to_string()))]
     format: Option<Format>,
     /// Mount option, for example noexec
     #[arg(short = 'o', value_name = "FUSEOPT", value_delimiter = ',')]
     fuse_options: Vec<String>,
-    /// A disk in full: name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S]; commas inside values are doubled
+    /// A disk in full: name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE];
+    /// commas inside values are doubled
     #[arg(long = "disk", value_name = "OPTIONS")]
     disks: Vec<OsString>,
     /// Where to keep tracking state [default: IMAGE.fleece beside each image]
@@ -50,6 +54,9 @@ pub struct MountArgs {
     /// How the host's page cache is used for the images
     #[arg(long, value_name = "MODE", value_enum, default_value_t = CacheMode::Writeback)]
     cache: CacheMode,
+    /// Most memory for the mapping tables of a qcow2 image [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| l2_cache_size(text).map_err(|e| e.to_string()))]
+    l2_cache_size: Option<u64>,
     /// Threads that serve requests
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64), default_value_t = 16)]
     threads: u16,
@@ -142,12 +149,14 @@ impl MountArgs {
         for disk in &mut disks {
             disk.format = disk.format.or(self.format);
             disk.read_only |= read_only;
+            disk.force_share |= self.force_share;
+            disk.l2_cache_bytes = disk.l2_cache_bytes.or(self.l2_cache_size);
         }
+        let own_mount = OwnMount::planned(&mountpoint);
         let outside = |what: &str, path: &Option<PathBuf>| -> Result<Option<PathBuf>> {
             let Some(path) = path else { return Ok(None) };
-            let path = absolute(path)?;
-            refuse_inside(what, &path, &mountpoint)?;
-            Ok(Some(path))
+            own_mount.refuse(what, path)?;
+            Ok(Some(absolute(path)?))
         };
         Ok(Plan {
             options: self.options(outside("--state-dir", &self.state_dir)?, outside("--store-dir", &self.store_dir)?),

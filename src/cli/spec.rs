@@ -1,16 +1,15 @@
-//! How images are named on the command line: `[NAME=]IMAGE` and `--disk name=N,file=F,...`.
+//! How images are named on the command line: `[NAME=]IMAGE` and `--disk OPTIONS`.
 
 use crate::daemon::absolute;
 use crate::error::{Error, Result, errno};
 use crate::fleece::DiskSpec;
-use crate::image::Format;
-use crate::units::check_disk_name;
+use crate::image::{Format, check_l2_cache};
+use crate::units::{check_disk_name, parse_size};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as TextError;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// `[NAME=]IMAGE`. Where a file exists under the whole text, that is the image, so that paths with '=' work; else what
@@ -29,36 +28,50 @@ pub fn parse_image(text: &OsStr) -> Result<DiskSpec> {
     }
 }
 
-/// `name=N,file=F[,format=FMT][,read-only][,snapshot=S]` as QEMU writes options: a comma inside a value is doubled.
+/// What `--disk` takes.
+pub const DISK_SYNTAX: &str =
+    "name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE]";
+
+/// [`DISK_SYNTAX`] as QEMU writes options: a comma inside a value is doubled.
 pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
     let bad = |why: String| {
         Error::new(errno::EINVAL, format!("--disk {}", text.to_string_lossy()), why)
-            .hint("write name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S]; double commas inside values")
+            .hint(format!("write {DISK_SYNTAX}; double commas inside values"))
     };
-    let mut name = None;
+    let mut spec = DiskSpec::default();
     let mut file = None;
-    let mut format = None;
-    let mut read_only = None;
-    let mut snapshot = None;
+    let mut seen = Vec::new();
     for (key, value) in options(text.as_bytes()) {
         let key = String::from_utf8_lossy(&key).into_owned();
-        let twice = match (key.as_str(), value) {
-            ("name", Some(value)) => name.replace(plain(value).map_err(bad)?).is_some(),
-            ("file", Some(value)) => file.replace(PathBuf::from(OsString::from_vec(value))).is_some(),
-            ("format", Some(value)) => format.replace(parse_format(&plain(value).map_err(bad)?)?).is_some(),
-            ("read-only", value) => read_only.replace(switch(value.as_deref()).map_err(bad)?).is_some(),
-            ("snapshot", Some(value)) => snapshot.replace(plain(value).map_err(bad)?).is_some(),
-            ("name" | "file" | "format" | "snapshot", None) => {
+        match (key.as_str(), value) {
+            ("name", Some(value)) => spec.name = Some(plain(value).map_err(bad)?),
+            ("file", Some(value)) => file = Some(PathBuf::from(OsString::from_vec(value))),
+            ("format", Some(value)) => spec.format = Some(parse_format(&plain(value).map_err(bad)?)?),
+            ("read-only", value) => spec.read_only = switch(&key, value.as_deref()).map_err(bad)?,
+            ("snapshot", Some(value)) => spec.snapshot = Some(plain(value).map_err(bad)?),
+            ("force-share", value) => spec.force_share = switch(&key, value.as_deref()).map_err(bad)?,
+            ("l2-cache-size", Some(value)) => {
+                spec.l2_cache_bytes = Some(l2_cache_size(&plain(value).map_err(bad)?).map_err(|e| bad(e.to_string()))?);
+            }
+            ("name" | "file" | "format" | "snapshot" | "l2-cache-size", None) => {
                 return Err(bad(format!("parameter '{key}' needs a value")));
             }
             _ => return Err(bad(format!("invalid parameter '{key}'"))),
-        };
-        if twice {
+        }
+        if seen.contains(&key) {
             return Err(bad(format!("parameter '{key}' is given twice")));
         }
+        seen.push(key);
     }
     let file = file.ok_or_else(|| bad("parameter 'file' is missing".into()))?;
-    Ok(DiskSpec { format, read_only: read_only.unwrap_or(false), snapshot, ..disk(name, &file)? })
+    let named = disk(spec.name.take(), &file)?;
+    Ok(DiskSpec { name: named.name, file: named.file, ..spec })
+}
+
+/// A size of the L2 cache.
+pub fn l2_cache_size(text: &str) -> Result<u64> {
+    let bytes = parse_size(text)?;
+    check_l2_cache(bytes).map(|()| bytes)
 }
 
 /// A format by its name.
@@ -72,11 +85,11 @@ fn plain(value: Vec<u8>) -> std::result::Result<String, String> {
 }
 
 /// QEMU's booleans: alone it means on.
-fn switch(value: Option<&[u8]>) -> std::result::Result<bool, String> {
+fn switch(key: &str, value: Option<&[u8]>) -> std::result::Result<bool, String> {
     match value {
         None | Some(b"on" | b"yes" | b"true") => Ok(true),
         Some(b"off" | b"no" | b"false") => Ok(false),
-        Some(_) => Err("parameter 'read-only' expects 'on' or 'off'".into()),
+        Some(_) => Err(format!("parameter '{key}' expects 'on' or 'off'")),
     }
 }
 
@@ -101,17 +114,17 @@ fn options(text: &[u8]) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
     parts.into_iter().map(pair).collect()
 }
 
-/// The daemon's working directory is another one, so paths become absolute. Symbolic links to files are resolved, so
-/// that an image has one state directory whatever it is called; a block device keeps the name that the user gave.
+/// The daemon's working directory is another one, so paths become absolute, with links to directories resolved. The
+/// last part stays as the user gave it: a block device keeps its name, and relative names in an image are taken from
+/// the directory of the name that it was opened by.
 fn disk(name: Option<String>, file: &Path) -> Result<DiskSpec> {
     let name = name.unwrap_or_else(|| file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
-    let is_device = std::fs::metadata(file).is_ok_and(|m| m.file_type().is_block_device());
-    let file = if is_device {
-        std::path::absolute(file).map_err(|e| Error::io("path", e).at_path(file))?
-    } else {
-        absolute(file)?
+    let file = match (file.parent(), file.file_name()) {
+        (Some(parent), Some(last)) if parent.as_os_str().is_empty() => absolute(Path::new("."))?.join(last),
+        (Some(parent), Some(last)) => absolute(parent)?.join(last),
+        _ => absolute(file)?,
     };
-    Ok(DiskSpec { name: Some(name), file, format: None, read_only: false, snapshot: None })
+    Ok(DiskSpec { name: Some(name), file, ..DiskSpec::default() })
 }
 
 #[cfg(test)]
@@ -133,7 +146,14 @@ mod tests {
         assert_eq!(option("file=/no/such/vda.raw,read-only=off").unwrap().0, "vda");
         let spec = parse_disk_option(OsStr::new("file=/no/such/a.qcow2,format=qcow2,snapshot=a,,b")).unwrap();
         assert_eq!((spec.format, spec.snapshot.as_deref()), (Some(Format::Qcow2), Some("a,b")));
+        let spec = parse_disk_option(OsStr::new("file=/no/such/a,read-only,force-share=on,l2-cache-size=1M")).unwrap();
+        assert_eq!((spec.force_share, spec.read_only, spec.l2_cache_bytes), (true, true, Some(1 << 20)));
         for (text, why) in [
+            ("file=/x,force-share=maybe", "'force-share' expects 'on' or 'off'"),
+            ("file=/x,l2-cache-size", "'l2-cache-size' needs a value"),
+            ("file=/x,l2-cache-size=1", "l2-cache-size 1: not from 128K to 64G"),
+            ("file=/x,l2-cache-size=1T", "not from 128K to 64G"),
+            ("file=/x,l2-cache-size=many", "size 'many'"),
             ("name=a", "'file' is missing"),
             ("file=/x,snapshots=s", "invalid parameter 'snapshots'"),
             ("file=/x,snapshot", "'snapshot' needs a value"),
@@ -165,6 +185,23 @@ mod tests {
         assert_eq!(parse(format!("{d}/x.raw")), ("x".into(), dir.join("x.raw")));
         // No name can hold a slash: the whole text is a path, though there is no such file.
         assert_eq!(parse(format!("{d}/none=x")), ("none=x".into(), dir.join("none=x")));
+    }
+
+    #[test]
+    fn an_image_keeps_the_name_that_it_was_given_by() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = absolute(dir.path()).unwrap();
+        for sub in ["a", "b"] {
+            std::fs::create_dir(real.join(sub)).unwrap();
+        }
+        std::fs::write(real.join("a/disk"), "").unwrap();
+        std::os::unix::fs::symlink("../a/disk", real.join("b/link")).unwrap();
+        std::os::unix::fs::symlink("b", real.join("dir")).unwrap();
+        let parse = |path: &str| parse_image(real.join(path).as_os_str()).unwrap().file;
+        assert_eq!(parse("b/link"), real.join("b/link"));
+        assert_eq!(parse("dir/link"), real.join("b/link"));
+        assert_eq!(parse("dir/../a/disk"), real.join("a/disk"));
+        assert_eq!(parse_image(OsStr::new("none")).unwrap().file, absolute(Path::new(".")).unwrap().join("none"));
     }
 
     proptest! {

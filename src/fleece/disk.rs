@@ -26,12 +26,13 @@ use crate::bitmap::CheckpointState;
 use crate::error::{Error, Result, errno};
 use crate::image::{Format, Image};
 use crate::storage::buffer::AlignedBuf;
+use crate::storage::os::resolved;
 use crate::storage::{BlockStatus, Dir};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, Published, RwLock, RwLockWriteGuard, full_fence};
 use crate::units::MAX_GATE_BYTES;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -63,6 +64,8 @@ pub struct Disk {
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
     flush_failed: AtomicBool,
+    /// The image's own name, with links resolved when it was opened.
+    pub(super) file: PathBuf,
     /// What became of the disk's files behind our back, if anything.
     pub(super) misplaced: Mutex<Option<String>>,
     /// Length of the image's file as far as we made it.
@@ -95,6 +98,7 @@ impl Disk {
             uuid: parts.tracking.directory().disk,
             size: AtomicU64::new(parts.image.size()),
             name: parts.name,
+            file: resolved(parts.image.path()),
             image: parts.image,
             gate: RwLock::new(()),
             chain: Published::new(parts.chain),
@@ -136,6 +140,11 @@ impl Disk {
     /// Whether guest writes are refused.
     pub fn read_only(&self) -> bool {
         self.image.read_only()
+    }
+
+    /// Whether others may change what is read.
+    pub fn is_shared(&self) -> bool {
+        self.image.is_shared()
     }
 
     /// The image's file.

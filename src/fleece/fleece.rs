@@ -168,7 +168,8 @@ impl Fleece {
             read_only: spec.read_only,
             cache: self.options.cache,
             snapshot: spec.snapshot.clone(),
-            l2_cache_bytes: None,
+            l2_cache_bytes: spec.l2_cache_bytes,
+            force_share: spec.force_share,
         };
         let image = while_busy(|| image::open(&spec.file, &options))?;
         self.check_image_once(&*image)?;
@@ -209,11 +210,13 @@ impl Fleece {
         Ok(())
     }
 
+    /// Two writers of one image; of a writer beside readers its lock takes care.
     fn check_image_once(&self, image: &dyn Image) -> Result<()> {
         let stamp = image.stamp()?;
         for disk in self.disks() {
             let other = disk.image().stamp()?;
-            if (other.dev, other.ino) == (stamp.dev, stamp.ino) && stamp.ino != 0 {
+            let reader = image.read_only() || disk.read_only();
+            if (other.dev, other.ino) == (stamp.dev, stamp.ino) && stamp.ino != 0 && !reader {
                 return Err(Error::new(errno::EBUSY, "image", format!("is disk '{}' already", disk.name()))
                     .at_path(image.path()));
             }

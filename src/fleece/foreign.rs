@@ -8,8 +8,8 @@
 
 use super::disk::Disk;
 use super::recover::SIDECAR;
-use crate::error::Result;
-use crate::image::{Format, Image};
+use crate::error::{Error, Result, errno};
+use crate::image::Image;
 use crate::storage::Stamp;
 use crate::storage::os::identity;
 
@@ -19,10 +19,7 @@ const SLACK_NS: i64 = 1_000_000_000;
 /// Why an image with this stamp was written by somebody else, judged by the time of our newest write and the size that
 /// we know.
 pub(super) fn signs(image: &dyn Image, stamp: &Stamp, newest_write_ns: i64, size: Option<u64>) -> Option<String> {
-    if image.is_block_device() {
-        return None;
-    }
-    if size.is_some_and(|size| size != stamp.size) {
+    if size.is_some_and(|size| size != stamp.size) && !image.is_block_device() {
         return Some(format!("another program made the image {} bytes long", stamp.size));
     }
     let late = stamp.ctime_ns > newest_write_ns.saturating_add(SLACK_NS);
@@ -30,6 +27,16 @@ pub(super) fn signs(image: &dyn Image, stamp: &Stamp, newest_write_ns: i64, size
 }
 
 impl Disk {
+    /// A view of what others may change would be none.
+    pub(super) fn check_freezable(&self) -> Result<()> {
+        if !self.image().is_shared() {
+            return Ok(());
+        }
+        let why = "others may change it while it is read (force-share), so it cannot be frozen";
+        let e = Error::new(errno::EOPNOTSUPP, format!("disk '{}'", self.name()), why);
+        Err(e.hint("freeze the other disks alone (--disk), or mount this one without force-share"))
+    }
+
     /// Looks for a foreign writer, and says and notes it where there is one; also whether the disk's files still have
     /// their names.
     pub(super) fn check_foreign(&self) -> Result<()> {
@@ -55,15 +62,13 @@ impl Disk {
             return Ok(None);
         }
         let image = &**self.image();
-        // A file of another format grows with what is written to it.
-        let size = (image.format() == Format::Raw).then(|| self.known_size());
-        Ok(signs(image, &image.stamp()?, self.tracking.last_write_ns(), size))
+        Ok(signs(image, &image.stamp()?, self.tracking.last_write_ns(), Some(self.known_size())))
     }
 
     /// The image or the state were removed or replaced: what is written goes to files that nobody finds.
     fn check_names(&self) -> Result<()> {
         let stamp = self.image().stamp()?;
-        let path = self.image().path();
+        let path = &*self.file;
         let misplaced = if stamp.dev != 0 && identity(path) != Some((stamp.dev, stamp.ino)) {
             Some(format!("{} was removed or replaced: what the guest writes is lost at unmount", path.display()))
         } else if !self.state.exists(SIDECAR)? {

@@ -41,7 +41,7 @@ pub use events::Event;
 pub use fleece::Fleece;
 pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo};
 pub use map::ViewMap;
-pub use place::{Environment, Place};
+pub use place::{Environment, Place, state_dir};
 pub use snapshot::{Snapshot, SnapshotRequest};
 pub use view::{Point, View};
 pub use zeros::ZeroCursor;
@@ -101,7 +101,7 @@ impl Default for Options {
 }
 
 /// A disk to serve.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct DiskSpec {
     /// The name; None: the file's stem.
     pub name: Option<String>,
@@ -113,6 +113,17 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// The internal snapshot to serve instead of the disk as it is, by ID or name; guest writes are refused.
     pub snapshot: Option<String>,
+    /// Whether others may write to the image meanwhile; of a disk that is read-only. Such a disk is never frozen.
+    pub force_share: bool,
+    /// Most memory for the mapping tables of each qcow2 image; None: the default.
+    pub l2_cache_bytes: Option<u64>,
+}
+
+impl DiskSpec {
+    /// Whether guest writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only || self.snapshot.is_some()
+    }
 }
 
 /// The point that a snapshot's map is to count from.

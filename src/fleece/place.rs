@@ -15,6 +15,7 @@ use crate::storage::Dir;
 use crate::storage::device::device_name;
 use crate::storage::dir::{MemDir, OsDir};
 use crate::storage::lock::{FileLock, lock_file};
+use crate::storage::os::resolved;
 use crate::storage::shm::{HeapShmRoot, OsShmRoot, ShmRoot};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,9 +67,8 @@ impl Place {
     /// The directories of an image on the host, made if they are not there, and locked.
     pub(super) fn of_image(name: &str, image: &dyn Image, options: &Options) -> Result<Self> {
         let state_path = match &options.state_dir {
-            Some(dir) => dir.join(format!("{name}.fleece")),
             None if image.is_block_device() => device_state(image.path())?,
-            None => beside(image.path()),
+            _ => state_dir(name, image.path(), options),
         };
         let explain = |what: &str, option: &str, e: Error| {
             e.context(format!("{what} of disk '{name}'")).hint(format!("give a writable directory with {option} DIR"))
@@ -121,11 +121,15 @@ pub(super) fn while_busy<T>(take: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// `IMAGE.fleece` beside the image.
-fn beside(image: &Path) -> PathBuf {
-    let mut name = image.as_os_str().to_owned();
-    name.push(".fleece");
-    PathBuf::from(name)
+/// Where the state of an image file lies: `DIR/NAME.fleece` with `--state-dir DIR`, else `IMAGE.fleece` beside the file
+/// that the image's name leads to, so that an image has one state whatever it is called.
+pub fn state_dir(name: &str, image: &Path, options: &Options) -> PathBuf {
+    if let Some(dir) = &options.state_dir {
+        return dir.join(format!("{name}.fleece"));
+    }
+    let mut beside = resolved(image).into_os_string();
+    beside.push(".fleece");
+    PathBuf::from(beside)
 }
 
 /// `/var/lib/fleecefs/ID`. States of devices that were at the same path and are gone for good are removed.

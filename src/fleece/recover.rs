@@ -241,10 +241,11 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<
     }
 }
 
-/// Whether an image bears a stamp. Device numbers change over reboots, and a device node's times say nothing.
+/// Whether an image bears a stamp. Device numbers change over reboots, and a device node has no
+/// times (but what an image on it is based on may have some).
 fn same(left: &Stamp, now: &Stamp, block_device: bool) -> bool {
     if block_device {
-        return left.size == now.size;
+        return (left.size, left.mtime_ns) == (now.size, now.mtime_ns);
     }
     (left.ino, left.size, left.mtime_ns, left.ctime_ns) == (now.ino, now.size, now.mtime_ns, now.ctime_ns)
 }
@@ -459,7 +460,10 @@ impl Disk {
     fn close_drained(&self, keep_views: bool) -> Result<()> {
         if !self.read_only() {
             self.flush()?;
+            // What the close writes is ours too, should a kill cut it off.
+            self.tracking.note_write();
             self.image().close()?;
+            self.tracking.note_write();
         }
         let chain = self.chain.load();
         if keep_views {

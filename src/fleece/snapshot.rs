@@ -195,6 +195,7 @@ impl Fleece {
         let uuid = Uuid::new_v4();
         let time_ns = crate::storage::clock::now_ns();
         for disk in &disks {
+            disk.check_freezable()?;
             disk.check_foreign()?;
         }
         let taking = self.with_room(|| Taking::prepare_all(&disks, request, uuid, time_ns))?;

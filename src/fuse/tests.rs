@@ -26,7 +26,7 @@ fn fleece_with_disk(bytes: u64) -> (TempDir, Arc<Fleece>) {
     let file = dir.path().join("vda.raw");
     std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
     let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
-    fleece.add_disk(&DiskSpec { name: None, file, format: None, read_only: false, snapshot: None }).unwrap();
+    fleece.add_disk(&DiskSpec { file, ..Default::default() }).unwrap();
     (dir, fleece)
 }
 
@@ -559,9 +559,7 @@ fn a_read_only_disk_is_not_opened_for_writing() {
     let file = dir.path().join("ro.raw");
     std::fs::File::create(&file).unwrap().write_all(&[3; 65536]).unwrap();
     let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
-    fleece
-        .add_disk(&DiskSpec { name: Some("ro".to_owned()), file, format: None, read_only: true, snapshot: None })
-        .unwrap();
+    fleece.add_disk(&DiskSpec { name: Some("ro".to_owned()), file, read_only: true, ..Default::default() }).unwrap();
     let tree = tree_over(&fleece);
     let live = tree.lookup(&tree.inode(ROOT_INO).unwrap(), "live").unwrap();
     let disk = tree.lookup(&tree.inode(live.ino).unwrap(), "ro.raw").unwrap();

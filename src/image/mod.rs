@@ -4,8 +4,10 @@
 //! formats; [`probed`] keeps the guest of an image whose format nobody named from changing it.
 
 use crate::error::{Error, Result, errno};
+use crate::storage::lock::Access;
 use crate::storage::{BlockStatus, Stamp};
 use std::fmt::Debug;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -53,12 +55,69 @@ pub struct OpenOptions {
     pub cache: Cache,
     /// Serve the internal snapshot of this ID or name instead of the disk as it is; for reading only.
     pub snapshot: Option<String>,
-    /// Memory for a qcow2 image's L2 tables in bytes; None: [`qcow2::mapping::CACHE_BYTES`]. Of each image of a chain.
+    /// Most memory for the L2 tables of a qcow2 image, of each one of a chain, from [`L2_CACHE_RANGE`]; None:
+    /// [`qcow2::mapping::CACHE_BYTES`].
     pub l2_cache_bytes: Option<u64>,
+    /// Read while others may write, as QEMU's option of this name does; for reading only.
+    pub force_share: bool,
+}
+
+/// Memory that L2 tables may be given: some of them for every thread, to all of a disk of half a pebibyte.
+pub const L2_CACHE_RANGE: RangeInclusive<u64> = 128 << 10..=64 << 30;
+
+impl OpenOptions {
+    /// What the image's file is opened for.
+    pub fn access(&self) -> Access {
+        if self.read_only || self.snapshot.is_some() { self.access_below() } else { Access::Write }
+    }
+
+    /// What files that are only read are opened for.
+    pub fn access_below(&self) -> Access {
+        if self.force_share { Access::ReadShared } else { Access::Read }
+    }
+
+    /// Refuses what does not go together, and sizes out of their range.
+    fn check(&self, path: &Path) -> Result<()> {
+        if self.force_share && self.access() == Access::Write {
+            let why = "force-share=on can only be used with read-only images";
+            return Err(Error::new(errno::EINVAL, "open", why).at_path(path).hint("open it read-only too (-r)"));
+        }
+        self.l2_cache_bytes.map_or(Ok(()), check_l2_cache)
+    }
+}
+
+/// Refuses a size of the L2 cache that is out of [`L2_CACHE_RANGE`].
+pub fn check_l2_cache(bytes: u64) -> Result<()> {
+    if L2_CACHE_RANGE.contains(&bytes) {
+        return Ok(());
+    }
+    Err(Error::new(errno::EINVAL, format!("l2-cache-size {bytes}"), "not from 128K to 64G"))
+}
+
+/// What a file is to an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The image itself.
+    Image,
+    /// Where its guest data are.
+    DataFile,
+    /// What it is based on, at whatever depth.
+    BackingFile,
+}
+
+/// Tells `visit` of each file that opening an image would open, before anything is read from it; an error of `visit`
+/// ends the walk. What cannot be read is passed over: [`open`] says why.
+pub fn files(path: &Path, format: Option<Format>, visit: &mut dyn FnMut(Part, &Path) -> Result<()>) -> Result<()> {
+    visit(Part::Image, path)?;
+    match format.map_or_else(|| probed::probe(path), Ok) {
+        Ok(Format::Qcow2) => qcow2::files::below(path, visit),
+        Ok(Format::Raw) | Err(_) => Ok(()),
+    }
 }
 
 /// Opens and locks an image, as QEMU locks it. Nothing is created or changed; EBUSY where somebody else uses it.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
+    options.check(path)?;
     let format = match options.format {
         Some(format) => format,
         None => probed::probe(path)?,
@@ -69,12 +128,19 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>> {
             Error::new(errno::EINVAL, format!("internal snapshot '{}'", name.escape_debug()), why).at_path(path)
         );
     }
-    Ok(match format {
-        Format::Qcow2 => Arc::new(qcow2::Qcow2Image::open(path, options)?),
-        Format::Raw => {
-            let image = raw::RawImage::open(path, options.read_only, options.cache)?;
-            if options.format.is_some() { Arc::new(image) } else { Arc::new(probed::ProbedRaw::new(image)?) }
+    let open = || -> Result<Arc<dyn Image>> {
+        if format == Format::Qcow2 {
+            return Ok(Arc::new(qcow2::Qcow2Image::open(path, options)?));
         }
+        let image = raw::RawImage::open_for(path, options.access(), options.cache)?;
+        Ok(if options.format.is_some() { Arc::new(image) } else { Arc::new(probed::ProbedRaw::new(image)?) })
+    };
+    open().map_err(|e| match e.hint_text() {
+        Some(hint) if e.errno() == errno::EBUSY && options.access() == Access::Read => {
+            let hint = format!("{hint}; read it all the same with --force-share (-U)");
+            e.hint(hint)
+        }
+        _ => e,
     })
 }
 
@@ -104,7 +170,7 @@ pub trait Image: Send + Sync + Debug {
     fn close(&self) -> Result<()> {
         self.flush()
     }
-    /// What a foreign writer would change.
+    /// What a foreign writer would change, of all the image's files.
     fn stamp(&self) -> Result<Stamp>;
     /// What [`Image::stamp`] was before the open changed anything.
     fn found_stamp(&self) -> Result<Stamp> {
@@ -116,6 +182,10 @@ pub trait Image: Send + Sync + Debug {
     fn path(&self) -> &Path;
     /// True where the image was opened for reading only.
     fn read_only(&self) -> bool;
+    /// True where others may change what is read (`force_share`), so that it cannot be frozen.
+    fn is_shared(&self) -> bool {
+        false
+    }
     /// Whether the medium is a block device: foreign writers leave no time stamp there.
     fn is_block_device(&self) -> bool;
 }

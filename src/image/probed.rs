@@ -132,8 +132,9 @@ impl Image for ProbedRaw {
         self.image.flush()
     }
 
+    /// What is cut off reads as zeros, and zeros can end a magic.
     fn resize(&self, size: u64) -> Result<()> {
-        self.image.resize(size)
+        self.change(size, |sector| sector.fill(0), || self.image.resize(size))
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
@@ -154,6 +155,10 @@ impl Image for ProbedRaw {
 
     fn read_only(&self) -> bool {
         self.image.read_only()
+    }
+
+    fn is_shared(&self) -> bool {
+        self.image.is_shared()
     }
 
     fn is_block_device(&self) -> bool {
@@ -206,6 +211,9 @@ mod tests {
             assert_eq!(image.write_zeroes(3, 100, discard).unwrap_err().errno(), errno::EPERM, "zeros end a magic");
         }
         assert_eq!(&sector(&image)[..4], b"QEDx");
+        assert_eq!(image.resize(3).unwrap_err().errno(), errno::EPERM, "so does the end of the file");
+        image.resize(512).unwrap();
+        image.resize(65536).unwrap();
         image.write_zeroes(0, 4096, false).unwrap();
         image.write_at(b"# a comment\n\nversion=1\n", 0).unwrap_err();
         image.write_at(b"# a comment\n\nversions\n", 0).unwrap();

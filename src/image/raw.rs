@@ -16,7 +16,7 @@
 use super::{Cache, Format, Image};
 use crate::error::{Error, Result, errno};
 use crate::storage::buffer::with_scratch;
-use crate::storage::lock::ImageLock;
+use crate::storage::lock::{Access, ImageLock};
 use crate::storage::os::{OpenOptions, OsFile};
 use crate::storage::{BlockStatus, SharedStorage, Stamp};
 use crate::sync::RwLock;
@@ -36,6 +36,7 @@ pub struct RawImage {
     storage: SharedStorage,
     read_only: bool,
     is_block_device: bool,
+    is_shared: bool,
     size: AtomicU64,
     /// `storage.alignment()`.
     block: u64,
@@ -49,16 +50,22 @@ impl RawImage {
     /// Opens and locks an image (DESIGN: as QEMU locks it). Nothing is created or changed; EBUSY where somebody else
     /// uses it.
     pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<RawImage> {
+        RawImage::open_for(path, if read_only { Access::Read } else { Access::Write }, cache)
+    }
+
+    /// The same with a lock that suits `access`.
+    pub fn open_for(path: &Path, access: Access, cache: Cache) -> Result<RawImage> {
+        let read_only = access != Access::Write;
         let options =
             OpenOptions { write: !read_only, direct: cache == Cache::None, noatime: true, ..Default::default() };
         let file = OsFile::open(path, &options).map_err(|e| match e.errno() {
             errno::EROFS | errno::EACCES | errno::EPERM if !read_only => e.hint("open it read-only (-r)"),
             _ => e,
         })?;
-        let lock = ImageLock::take(&file, !read_only)?;
+        let lock = ImageLock::take(&file, access)?;
         let is_block_device = file.is_block_device();
         let image = RawImage::over(Arc::new(file), read_only)?;
-        Ok(RawImage { is_block_device, _lock: Some(lock), ..image })
+        Ok(RawImage { is_block_device, is_shared: access == Access::ReadShared, _lock: Some(lock), ..image })
     }
 
     /// An image over any storage, without a lock.
@@ -71,6 +78,7 @@ impl RawImage {
             storage,
             read_only,
             is_block_device: false,
+            is_shared: false,
             size: AtomicU64::new(size),
             block,
             claims: (0..claim_count).map(|_| RwLock::new(())).collect(),
@@ -246,6 +254,10 @@ impl Image for RawImage {
 
     fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared
     }
 
     fn is_block_device(&self) -> bool {

@@ -44,12 +44,15 @@ impl Arguments {
 
     /// A size or an offset in bytes that must be there.
     pub fn uint(&mut self, name: &str) -> Taken<u64> {
-        match self.members.remove(name) {
-            None => Err(missing(name)),
-            Some(value) => {
-                value.as_u64().ok_or_else(|| CommandError::generic(format!("Parameter '{name}' expects uint64")))
-            }
-        }
+        self.optional_uint(name)?.ok_or_else(|| missing(name))
+    }
+
+    /// A size or an offset in bytes that may be there.
+    pub fn optional_uint(&mut self, name: &str) -> Taken<Option<u64>> {
+        let number = |value: Value| {
+            value.as_u64().ok_or_else(|| CommandError::generic(format!("Parameter '{name}' expects uint64")))
+        };
+        self.members.remove(name).map(number).transpose()
     }
 
     /// A boolean that may be there.

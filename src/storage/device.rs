@@ -2,6 +2,8 @@
 
 use super::shm::{OsShmRoot, ShmRoot};
 use crate::error::{Error, Result};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -48,6 +50,14 @@ fn disk_sequence(device: u64) -> Result<String> {
     let read = std::fs::read_to_string(&own).or_else(|_| std::fs::read_to_string(dir.join("../diskseq")));
     let text = read.map_err(|e| Error::io("number of the disk", e).at_path(own).hint("give a --state-dir"))?;
     Ok(text.trim().to_owned())
+}
+
+/// The file behind a loop device of a number, or behind the one that this is a partition of.
+pub fn loop_file(device: u64) -> Option<PathBuf> {
+    let dir = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device)));
+    let read = |name: &str| std::fs::read(dir.join(name)).ok();
+    let text = read("loop/backing_file").or_else(|| read("../loop/backing_file"))?;
+    Some(PathBuf::from(OsStr::from_bytes(text.strip_suffix(b"\n").unwrap_or(&text))))
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]

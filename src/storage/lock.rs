@@ -27,6 +27,29 @@ const RESIZE: i64 = 3;
 /// What nobody else may do while we read or write: the size and the content are ours to know.
 const UNSHARED: [i64; 2] = [WRITE, RESIZE];
 
+/// What an image is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading and writing, with nobody else who writes.
+    Write,
+    /// Reading a content that nobody changes.
+    Read,
+    /// Reading whatever others do meanwhile (QEMU's `force-share`).
+    ReadShared,
+}
+
+impl Access {
+    /// Permissions that are used.
+    fn used(self) -> &'static [i64] {
+        if self == Access::Write { &[CONSISTENT_READ, WRITE, RESIZE] } else { &[CONSISTENT_READ] }
+    }
+
+    /// Permissions that nobody else may use.
+    fn unshared(self) -> &'static [i64] {
+        if self == Access::ReadShared { &[] } else { &UNSHARED }
+    }
+}
+
 /// The lock on an image, held as long as this lives.
 #[derive(Debug)]
 pub struct ImageLock {
@@ -35,31 +58,27 @@ pub struct ImageLock {
 }
 
 impl ImageLock {
-    /// Locks an open image, for writing or for reading a content that nobody changes. EBUSY where another program, or
-    /// another open of this one, uses it in a way that does not go with that.
-    pub fn take(file: &OsFile, write: bool) -> Result<ImageLock> {
+    /// Locks an open image. EBUSY where another program, or another open of this one, uses it in a way that does not go
+    /// with that.
+    pub fn take(file: &OsFile, access: Access) -> Result<ImageLock> {
         let path = super::Storage::path(file);
         let failed = |e| lock_failed(e, path);
         let fd = file.fd().try_clone_to_owned().map_err(failed)?;
         // From here on `drop` releases what was taken.
         let lock = ImageLock { fd };
-        let used: &[i64] = if write { &[CONSISTENT_READ, WRITE, RESIZE] } else { &[CONSISTENT_READ] };
-        let own_bytes =
-            used.iter().map(|p| USED_BASE + p).chain(UNSHARED.iter().map(|p| UNSHARED_BASE + p)).collect::<Vec<_>>();
-        for byte in own_bytes {
+        let used = access.used().iter().map(|p| USED_BASE + p);
+        for byte in used.chain(access.unshared().iter().map(|p| UNSHARED_BASE + p)) {
             set_lock(&lock.fd, libc::F_RDLCK, byte, 1).map_err(failed)?;
         }
-        for permission in UNSHARED {
+        for permission in access.unshared() {
             if is_locked(&lock.fd, USED_BASE + permission).map_err(failed)? {
                 return Err(in_use(path, "writes to it"));
             }
         }
-        for permission in used {
+        for permission in access.used() {
             if is_locked(&lock.fd, UNSHARED_BASE + permission).map_err(failed)? {
-                return Err(in_use(
-                    path,
-                    if write { "lets nobody else write to it" } else { "lets nobody else read it" },
-                ));
+                let writes = access == Access::Write;
+                return Err(in_use(path, if writes { "lets nobody write to it" } else { "lets nobody read it" }));
             }
         }
         Ok(lock)
@@ -97,9 +116,9 @@ pub fn lock_file(path: &Path) -> Result<FileLock> {
 }
 
 fn in_use(path: &Path, how: &str) -> Error {
-    Error::new(errno::EBUSY, "lock", format!("in use by another process (QEMU or fleecefs) that {how}"))
+    Error::new(errno::EBUSY, "lock", format!("in use: QEMU or another fleecefs disk {how}"))
         .at_path(path)
-        .hint("find it with: fuser -v FILE")
+        .hint(format!("see who has it open: fuser -v {}", path.display()))
 }
 
 fn lock_failed(e: io::Error, path: &Path) -> Error {
@@ -169,25 +188,39 @@ mod tests {
         let (_dir, path) = image();
         let (a, b) = (open(&path, true), open(&path, true));
         let (r1, r2) = (open(&path, false), open(&path, false));
-        let writer = ImageLock::take(&a, true).unwrap();
-        assert_eq!(ImageLock::take(&b, true).unwrap_err().errno(), errno::EBUSY);
-        assert_eq!(ImageLock::take(&r1, false).unwrap_err().errno(), errno::EBUSY);
+        let writer = ImageLock::take(&a, Access::Write).unwrap();
+        assert_eq!(ImageLock::take(&b, Access::Write).unwrap_err().errno(), errno::EBUSY);
+        assert_eq!(ImageLock::take(&r1, Access::Read).unwrap_err().errno(), errno::EBUSY);
         drop(writer);
-        let reader = ImageLock::take(&r1, false).unwrap();
-        let other = ImageLock::take(&r2, false).unwrap();
-        assert_eq!(ImageLock::take(&b, true).unwrap_err().errno(), errno::EBUSY);
+        let reader = ImageLock::take(&r1, Access::Read).unwrap();
+        let other = ImageLock::take(&r2, Access::Read).unwrap();
+        assert_eq!(ImageLock::take(&b, Access::Write).unwrap_err().errno(), errno::EBUSY);
         drop((reader, other));
-        ImageLock::take(&b, true).unwrap();
+        ImageLock::take(&b, Access::Write).unwrap();
+    }
+
+    #[test]
+    fn who_shares_all_keeps_no_writer_away_and_is_kept_away_by_who_lets_nobody_read() {
+        let (_dir, path) = image();
+        let (a, b, c) = (open(&path, true), open(&path, false), open(&path, false));
+        let writer = ImageLock::take(&a, Access::Write).unwrap();
+        let reader = ImageLock::take(&b, Access::ReadShared).unwrap();
+        drop(writer);
+        ImageLock::take(&a, Access::Write).unwrap();
+        drop(reader);
+        set_lock(&a.fd().try_clone_to_owned().unwrap(), libc::F_RDLCK, UNSHARED_BASE + CONSISTENT_READ, 1).unwrap();
+        let e = ImageLock::take(&c, Access::ReadShared).unwrap_err();
+        assert!(e.to_string().contains("lets nobody read it"), "{e}");
     }
 
     #[test]
     fn a_refused_lock_leaves_nothing_locked() {
         let (_dir, path) = image();
         let (a, b, c) = (open(&path, true), open(&path, true), open(&path, true));
-        let reader = ImageLock::take(&a, false).unwrap();
-        ImageLock::take(&b, true).unwrap_err();
+        let reader = ImageLock::take(&a, Access::Read).unwrap();
+        ImageLock::take(&b, Access::Write).unwrap_err();
         drop(reader);
-        ImageLock::take(&c, true).unwrap();
+        ImageLock::take(&c, Access::Write).unwrap();
     }
 
     #[test]
@@ -244,9 +277,9 @@ mod tests {
         }
         let (_dir, path) = image();
         let write = || qemu_io(&path, &["-c", "write -P 9 0 512"]).output().unwrap();
-        for for_writing in [true, false] {
-            let file = open(&path, for_writing);
-            let lock = ImageLock::take(&file, for_writing).unwrap();
+        for access in [Access::Write, Access::Read] {
+            let file = open(&path, access == Access::Write);
+            let lock = ImageLock::take(&file, access).unwrap();
             let out = write();
             let text = String::from_utf8_lossy(&out.stderr).into_owned();
             assert!(text.contains("lock"), "{text}");
@@ -267,15 +300,17 @@ mod tests {
         }
         let (_dir, path) = image();
         let qemu = qemu_that_holds(&path, &[]);
-        for for_writing in [true, false] {
-            let e = ImageLock::take(&open(&path, for_writing), for_writing).unwrap_err();
+        for access in [Access::Write, Access::Read] {
+            let e = ImageLock::take(&open(&path, access == Access::Write), access).unwrap_err();
             assert_eq!(e.errno(), errno::EBUSY);
             assert!(e.to_string().contains("QEMU"), "{e}");
+            assert!(e.hint_text().unwrap().contains(path.to_str().unwrap()));
         }
+        ImageLock::take(&open(&path, false), Access::ReadShared).unwrap();
         end(qemu);
         let qemu = qemu_that_holds(&path, &["-r"]);
-        ImageLock::take(&open(&path, false), false).unwrap();
+        ImageLock::take(&open(&path, false), Access::Read).unwrap();
         end(qemu);
-        ImageLock::take(&open(&path, true), true).unwrap();
+        ImageLock::take(&open(&path, true), Access::Write).unwrap();
     }
 }

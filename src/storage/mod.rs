@@ -4,6 +4,7 @@
 //! at the n-th call, [`crash`] loses what was not synced.
 
 use crate::error::{Error, Result, errno};
+use sha2::{Digest, Sha256};
 use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
@@ -36,12 +37,30 @@ pub struct Stamp {
     pub dev: u64,
     /// Inode number (`st_ino`).
     pub ino: u64,
-    /// Length in bytes; for block devices their size.
+    /// Length in bytes; for block devices their size; for an image in several files the size of its disk.
     pub size: u64,
-    /// Modification time in nanoseconds since the epoch.
+    /// Modification time in nanoseconds since the epoch; for an image in several files see [`Stamp::with_others`].
     pub mtime_ns: i64,
     /// Change time in nanoseconds since the epoch.
     pub ctime_ns: i64,
+}
+
+impl Stamp {
+    /// The stamp of something that holds `size` bytes and lies in this file and others: this one's identity, the newest
+    /// change time, and for a modification time a digest of all that any of the files' stamps says (but for device
+    /// numbers, which change at boot) and of `also`.
+    pub fn with_others(&self, size: u64, others: &[Stamp], also: &[u8]) -> Stamp {
+        let mut digest = Sha256::new();
+        for stamp in std::iter::once(self).chain(others) {
+            for number in [stamp.ino, stamp.size, stamp.mtime_ns as u64, stamp.ctime_ns as u64] {
+                digest.update(number.to_le_bytes());
+            }
+        }
+        digest.update(also);
+        let mtime_ns = digest.finalize().first_chunk().map_or(0, |bytes| i64::from_le_bytes(*bytes));
+        let ctime_ns = others.iter().map(|stamp| stamp.ctime_ns).fold(self.ctime_ns, i64::max);
+        Stamp { size, mtime_ns, ctime_ns, ..self.clone() }
+    }
 }
 
 /// What a run of bytes is, as far as allocation tells.
@@ -110,4 +129,35 @@ fn end_of(what: &str, path: &Path, offset: u64, len: u64) -> Result<u64> {
     offset.checked_add(len).filter(|end| *end <= i64::MAX as u64).ok_or_else(|| {
         Error::new(errno::EFBIG, what, "the range ends past the largest file offset").at_path(path).at_offset(offset)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Stamp;
+
+    #[test]
+    fn a_stamp_of_several_files_shows_each_change_of_each() {
+        let stamp = |n: i64| Stamp { dev: 1, ino: 2, size: 3, mtime_ns: n, ctime_ns: n };
+        let [top, low] = [stamp(10), stamp(20)];
+        let whole = top.with_others(7, std::slice::from_ref(&low), b"header");
+        assert_eq!((whole.dev, whole.ino, whole.size, whole.ctime_ns), (1, 2, 7, 20));
+        let rebooted = [top.clone(), low.clone()].map(|stamp| Stamp { dev: 9, ..stamp });
+        assert_eq!(rebooted[0].with_others(7, &rebooted[1..], b"header"), Stamp { dev: 9, ..whole.clone() });
+        for changed in [
+            Stamp { ino: 5, ..low.clone() },
+            Stamp { size: 5, ..low.clone() },
+            Stamp { mtime_ns: 5, ..low.clone() },
+            Stamp { ctime_ns: 5, ..low.clone() },
+        ] {
+            assert_ne!(
+                top.with_others(7, std::slice::from_ref(&changed), b"header").mtime_ns,
+                whole.mtime_ns,
+                "{changed:?}"
+            );
+        }
+        assert_ne!(stamp(11).with_others(7, std::slice::from_ref(&low), b"header").mtime_ns, whole.mtime_ns);
+        assert_ne!(top.with_others(7, std::slice::from_ref(&low), b"Header").mtime_ns, whole.mtime_ns);
+        assert_ne!(top.with_others(7, &[], b"header").mtime_ns, whole.mtime_ns);
+        assert_eq!(stamp(30).with_others(7, &[low], b"").ctime_ns, 30);
+    }
 }

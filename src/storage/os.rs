@@ -255,6 +255,11 @@ impl OsFile {
     }
 }
 
+/// A path with every link followed; one that leads nowhere stays as it is.
+pub fn resolved(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// Device and inode of what a path names now.
 pub fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))

@@ -1,14 +1,14 @@
 //! What a daemon asks of the operating system besides files: processes, users, mounts.
 
 use crate::error::{Error, Result, errno};
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Exit code of the command that started a daemon which died without a word.
@@ -306,7 +306,7 @@ fn unmount_by_helper(path: &Path, lazy: bool) -> Result<()> {
 /// The mount is not asked who it is: a process that serves it itself, and is killed while it waits for its own answer,
 /// stays unkillable.
 pub fn set_read_ahead(path: &Path, kib: u32) -> Result<()> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| Error::io("list the mounts", e))?;
+    let table = std::fs::read("/proc/self/mountinfo").map_err(|e| Error::io("list the mounts", e))?;
     let device = device_of_mount(&table, path)
         .ok_or_else(|| Error::new(libc::ENOENT, "list the mounts", "it is not there").at_path(path))?;
     let setting = format!("/sys/class/bdi/{device}/read_ahead_kb");
@@ -314,15 +314,47 @@ pub fn set_read_ahead(path: &Path, kib: u32) -> Result<()> {
     written.map_err(|e| Error::io("set the read-ahead", e).at_path(setting))
 }
 
-/// `MAJOR:MINOR` of the topmost mount at `path`, from the table of proc(5): the third field where the fifth is `path`,
-/// with blanks and backslashes in octal.
-fn device_of_mount<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
-    let wanted = path.to_string_lossy().replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011");
-    table.lines().rev().find_map(|line| {
-        let mut fields = line.split(' ').skip(2);
-        let (device, mountpoint) = (fields.next()?, fields.nth(1)?);
-        (mountpoint == wanted).then_some(device)
+/// All places where the file system that is mounted at `path`, absolute and without links, can be reached (bind mounts
+/// of it or of parts of it); none where nothing is mounted there. No mount is asked anything.
+pub fn mount_points(path: &Path) -> Result<Vec<PathBuf>> {
+    let table = std::fs::read("/proc/self/mountinfo").map_err(|e| Error::io("list the mounts", e))?;
+    Ok(places_of_mount(&table, path))
+}
+
+/// `MAJOR:MINOR` of the topmost mount at `path`, from the table of proc(5).
+fn device_of_mount(table: &[u8], path: &Path) -> Option<String> {
+    let found = mounts(table).filter(|(_, place)| place == path).last();
+    found.map(|(device, _)| String::from_utf8_lossy(device).into_owned())
+}
+
+fn places_of_mount(table: &[u8], path: &Path) -> Vec<PathBuf> {
+    let Some((device, _)) = mounts(table).filter(|(_, place)| place == path).last() else { return Vec::new() };
+    mounts(table).filter(|(other, _)| *other == device).map(|(_, place)| place).collect()
+}
+
+/// The mounts of the table in its order, oldest first: the device (third field), and the place (fifth field, where
+/// blanks and backslashes are three octal digits behind a backslash).
+fn mounts(table: &[u8]) -> impl Iterator<Item = (&[u8], PathBuf)> {
+    table.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(2);
+        let (device, place) = (fields.next()?, fields.nth(1)?);
+        Some((device, PathBuf::from(OsString::from_vec(unescaped(place)))))
     })
+}
+
+fn unescaped(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, behind)) = rest.split_first() {
+        let digits = behind.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        let (byte, skip) = match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => (byte, 4),
+            None => (*first, 1),
+        };
+        plain.push(byte);
+        rest = rest.get(skip..).unwrap_or_default();
+    }
+    plain
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]
@@ -331,12 +363,16 @@ mod tests {
     use std::process::Output;
 
     #[test]
-    fn the_topmost_mount_of_a_path_tells_its_device() {
-        let table = "22 1 254:0 / / rw - ext4 /dev/vda rw\n30 22 0:40 / /m/a\\040b rw shared:1 - fuse x rw\n\
-                     31 30 0:41 / /m/a\\040b rw - fuse.fleecefs fleecefs rw\n";
-        assert_eq!(device_of_mount(table, Path::new("/m/a b")), Some("0:41"));
-        assert_eq!(device_of_mount(table, Path::new("/")), Some("254:0"));
-        assert_eq!(device_of_mount(table, Path::new("/m")), None);
+    fn the_topmost_mount_of_a_path_tells_its_device_and_its_other_places() {
+        let table = b"22 1 254:0 / / rw - ext4 /dev/vda rw\n30 22 0:40 / /m/a\\040b rw shared:1 - fuse x rw\n\
+                      31 30 0:41 / /m/a\\040b rw - fuse.fleecefs fleecefs rw\n\
+                      32 22 0:41 /live /bind\\1341 rw - fuse.fleecefs fleecefs rw\n";
+        let device = |path: &str| device_of_mount(table, Path::new(path));
+        assert_eq!(device("/m/a b").as_deref(), Some("0:41"));
+        assert_eq!(device("/").as_deref(), Some("254:0"));
+        assert_eq!(device("/m"), None);
+        assert_eq!(places_of_mount(table, Path::new("/m/a b")), [Path::new("/m/a b"), Path::new("/bind\\1")]);
+        assert_eq!(places_of_mount(table, Path::new("/m")), <[&Path; 0]>::default());
     }
 
     /// Names what the test binary does as a daemon, when it runs itself.

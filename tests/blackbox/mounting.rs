@@ -254,3 +254,27 @@ fn demo_ends_with_0() {
     assert_eq!(out.status.code(), Some(0), "{}{}", stdout(&out), stderr(&out));
     assert!(!stdout(&out).is_empty());
 }
+
+#[test]
+fn the_cache_of_mapping_tables_may_be_small() {
+    requires!("qemu-img");
+    let rig = Rig::new();
+    let image = rig.path("vda.qcow2");
+    // 1024 L2 tables of 64 entries.
+    ok(tool("qemu-img").args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512"]).arg(&image).arg("32M"));
+    let data = pattern(1, 32 << 20);
+    let disk = |size: &str| format!("file={},l2-cache-size={size}", image.display());
+    let mount = rig.mount(args!["--disk", disk("128K")]);
+    mount.guest("vda").write_all_at(&data, 0).unwrap();
+    assert!(fs::read(mount.live("vda")).unwrap() == data);
+    mount.umount();
+    let mount = rig.mount(args!["--l2-cache-size", "64G", "-r", &image]);
+    assert!(fs::read(mount.live("vda")).unwrap() == data);
+    mount.umount();
+    for size in ["127K", "65G", "0"] {
+        let mnt = rig.mount_point("mnt");
+        refused(&fleecefs(args!["mount", "--disk", disk(size), &mnt]), 2, &["l2-cache-size", "not from 128K to 64G"]);
+        let out = fleecefs(args!["mount", "--l2-cache-size", size, &image, &mnt]);
+        refused(&out, 2, &["l2-cache-size", "not from 128K to 64G"]);
+    }
+}

@@ -145,9 +145,7 @@ impl Real {
     fn mount(&self) -> Arc<Fleece> {
         let env = Environment { shm: Arc::new(self.shm.clone()), background: false };
         let fleece = Fleece::with_environment(Options { store_limit: Some(1 << 30), ..Options::default() }, env);
-        fleece
-            .add_disk(&DiskSpec { name: None, file: self.image(), format: None, read_only: false, snapshot: None })
-            .unwrap();
+        fleece.add_disk(&DiskSpec { file: self.image(), ..Default::default() }).unwrap();
         fleece
     }
 

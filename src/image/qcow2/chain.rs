@@ -7,7 +7,7 @@
 //! nothing is probed: a backing file without a recorded format is refused, or a guest could turn its raw base into an
 //! image that names any file of the host.
 
-use super::prepare::prepare;
+use super::prepare;
 use super::{Files, OpenOptions, Qcow2Image};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
@@ -19,7 +19,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Most images in a chain, the active one included.
-const DEPTH_MAX: usize = 200;
+pub(super) const DEPTH_MAX: usize = 200;
+
+/// What to do about files that are not where an image says.
+const BACKING_CURE: &str = "record where it is with: qemu-img rebase -u -b BACKING -F FORMAT IMAGE";
+const DATA_CURE: &str = "its name counts from the image's directory (in QEMU from where that was started); record all of \
+                         its path with: qemu-img amend -o data_file=PATH IMAGE";
+
+/// Says what to do about a file that is not there, where nothing else is said.
+fn gone(e: Error, cure: &str) -> Error {
+    if e.errno() == errno::ENOENT && e.hint_text().is_none() { e.hint(cure) } else { e }
+}
+
 /// What a header says about the image below.
 enum Below {
     Nothing,
@@ -63,11 +74,13 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
             return Err(Error::new(errno::ELOOP, of, format!("the chain is longer than {DEPTH_MAX} images")));
         }
         if !is_qcow2 {
-            seen.add(&below).map_err(|e| e.context(of.clone()))?;
-            base = Some(Arc::new(RawImage::open(&below, true, options.cache).map_err(|e| e.context(of))?));
+            seen.add(&below).map_err(|e| gone(e, BACKING_CURE).context(of.clone()))?;
+            base = Some(Arc::new(
+                RawImage::open_for(&below, below_options.access(), options.cache).map_err(|e| e.context(of))?,
+            ));
             break;
         }
-        layers.push(Files::open(&below, &below_options, &mut seen).map_err(|e| e.context(of))?);
+        layers.push(Files::open(&below, &below_options, &mut seen).map_err(|e| gone(e, BACKING_CURE).context(of))?);
     }
     let Some(active) = layers.drain(..1).next() else {
         return Err(Error::new(errno::EINVAL, "open", "an empty chain").at_path(path));
@@ -79,14 +92,14 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
             .map_err(|e| e.context(format!("backing file {}", named.display())))?;
         base = Some(Arc::new(image));
     }
-    active.complete(base, options)
+    prepare::prepare(active)?.complete(base, options)
 }
 
 impl Files {
     fn open(path: &Path, options: &OpenOptions, seen: &mut Seen) -> Result<Files> {
         seen.add(path)?;
-        let file = RawImage::open(path, options.read_only, options.cache)?;
-        prepare(file, |header| {
+        let file = RawImage::open_for(path, options.access(), options.cache)?;
+        prepare::read(file, |header| {
             if !header.has_data_file() {
                 return Ok(None);
             }
@@ -95,8 +108,8 @@ impl Files {
             })?;
             let of = || format!("external data file of {}", path.display());
             let data = resolve(path, name).map_err(|e| e.context(of()))?;
-            seen.add(&data).map_err(|e| e.context(of()))?;
-            RawImage::open(&data, options.read_only, options.cache).map(Some).map_err(|e| e.context(of()))
+            seen.add(&data).map_err(|e| gone(e, DATA_CURE).context(of()))?;
+            RawImage::open_for(&data, options.access(), options.cache).map(Some).map_err(|e| e.context(of()))
         })
     }
 
@@ -124,7 +137,7 @@ impl Files {
 
 /// A file's name as an image has it: relative to the image's directory. QEMU takes what stands before a colon for a
 /// protocol; of these only `file:` is one that we know.
-fn resolve(image: &Path, name: &[u8]) -> Result<PathBuf> {
+pub(super) fn resolve(image: &Path, name: &[u8]) -> Result<PathBuf> {
     let plain = name.strip_prefix(b"file:").unwrap_or(name);
     let colon = plain.iter().position(|byte| *byte == b':');
     let slash = plain.iter().position(|byte| *byte == b'/').unwrap_or(plain.len());

@@ -100,10 +100,6 @@ impl Extensions {
             return Err(bad(&name, "stands there twice"));
         }
         match kind {
-            ENCRYPTION => {
-                let e = Error::new(errno::EOPNOTSUPP, "qcow2 header", format!("extension: {name}: not supported"));
-                return Err(e.hint("decrypt it into a new image with qemu-img convert"));
-            }
             BACKING_FORMAT | DATA_FILE if !(1..=NAME_MAX_BYTES).contains(&data.len()) => {
                 return Err(bad(&name, format!("length {} is not from 1 to {NAME_MAX_BYTES}", data.len())));
             }

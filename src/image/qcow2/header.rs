@@ -5,7 +5,7 @@
 //! within a limit, and every incompatible feature is one that this program knows. So whoever uses the fields need not
 //! look again, and an image that was refused has not been touched.
 
-use super::extensions::Extensions;
+use super::extensions::{ENCRYPTION, Extensions};
 use super::tables::{Geometry, HostOffset};
 use crate::error::{Error, Result, errno};
 use crate::units::MAX_DISK_BYTES;
@@ -71,6 +71,15 @@ pub enum Compression {
     Zstd,
 }
 
+/// How guest data are encrypted (`crypt_method`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// AES in CBC mode, under a passphrase (value 1).
+    Aes,
+    /// LUKS, with its header in clusters of the image (value 2).
+    Luks,
+}
+
 /// The name of the backing file, as it stands in the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingName {
@@ -91,6 +100,8 @@ pub struct Header {
     pub cluster_bits: u32,
     /// Bytes 24-31: size of the disk in bytes, at most [`MAX_DISK_BYTES`]; any number of bytes.
     pub size: u64,
+    /// Bytes 32-35: `crypt_method`; None in every header that [`Header::parse`] returns.
+    pub encryption: Option<Encryption>,
     /// Bytes 36-39: entries of the active L1 table; enough for `size`, at most [`L1_MAX_BYTES`].
     pub l1_size: u32,
     /// Bytes 40-47: aligned, the table inside the file. 0 where `l1_size` is 0.
@@ -162,10 +173,32 @@ pub fn cluster_size_of(prefix: &[u8]) -> Result<u64> {
     Ok(1 << cluster_bits)
 }
 
+fn encryption(crypt_method: u32) -> Result<Option<Encryption>> {
+    match crypt_method {
+        0 => Ok(None),
+        1 => Ok(Some(Encryption::Aes)),
+        2 => Ok(Some(Encryption::Luks)),
+        n => Err(bad("crypt_method", format!("{n} is unknown"))),
+    }
+}
+
 impl Header {
     /// Checks and decodes the header of an image whose first cluster is `bytes` (shorter only where the file ends in
-    /// it) and which is `file_bytes` long.
+    /// it) and which is `file_bytes` long. EOPNOTSUPP where it is encrypted.
     pub fn parse(bytes: &[u8], file_bytes: u64) -> Result<Header> {
+        let header = Header::look(bytes, file_bytes)?;
+        let (field, name) = match header.encryption {
+            Some(Encryption::Aes) => ("crypt_method", "1 (AES)"),
+            Some(Encryption::Luks) => ("crypt_method", "2 (LUKS)"),
+            None if header.extensions.find(ENCRYPTION).is_some() => ("extension", "full disk encryption"),
+            None => return Ok(header),
+        };
+        Err(unsupported(field, format!("{name}: encrypted images are not supported"))
+            .hint("decrypt it into a new image with qemu-img convert"))
+    }
+
+    /// The same of an image that may be encrypted: to tell what it is, nothing more.
+    pub fn look(bytes: &[u8], file_bytes: u64) -> Result<Header> {
         let cluster_size = cluster_size_of(bytes)?;
         let version = be32(bytes, 4);
         let mut header = Header {
@@ -173,6 +206,7 @@ impl Header {
             backing: None,
             cluster_bits: be32(bytes, 20),
             size: be64(bytes, 24),
+            encryption: None,
             l1_size: be32(bytes, 36),
             l1_table_offset: HostOffset(be64(bytes, 40)),
             refcount_table_offset: HostOffset(be64(bytes, 48)),
@@ -192,7 +226,7 @@ impl Header {
         if version == 3 {
             header.parse_v3(first_cluster)?;
         }
-        header.check_encryption(be32(bytes, 32))?;
+        header.encryption = encryption(be32(bytes, 32))?;
         let extensions_end = header.parse_backing(first_cluster)?;
         header.extensions = header.parse_extensions(first_cluster, extensions_end)?;
         header.check_features()?;
@@ -291,17 +325,6 @@ impl Header {
             (_, true) => return Err(unsupported("compression_type", format!("{kind} is neither zlib nor zstd"))),
         };
         Ok(())
-    }
-
-    fn check_encryption(&self, crypt_method: u32) -> Result<()> {
-        let name = match crypt_method {
-            0 => return Ok(()),
-            1 => "1 (AES)",
-            2 => "2 (LUKS)",
-            n => return Err(bad("crypt_method", format!("{n} is unknown"))),
-        };
-        Err(unsupported("crypt_method", format!("{name}: encrypted images are not supported"))
-            .hint("decrypt it into a new image with qemu-img convert"))
     }
 
     /// Reads the backing file's name; gives the end of the area in which extensions may stand.

@@ -310,7 +310,11 @@ impl Mapping {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         let set = self.set(key);
         let _changing = self.stripes.get(set % STRIPES).map(Mutex::lock);
-        file.write_at(&bytes, key + word as u64 * 8)?;
+        if let Err(e) = file.write_at(&bytes, key + word as u64 * 8) {
+            // Some of them may stand there all the same: only the file tells.
+            self.drop_slice(set, key);
+            return Err(e);
+        }
         if let Some(slice) = self.find(self.ways(set), key) {
             slice.store(word, &words);
         }
@@ -324,9 +328,14 @@ impl Mapping {
         let Some(word) = l1.words.get(index as usize) else {
             return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset").at_offset(offset));
         };
-        file.write_at(&raw.to_be_bytes(), l1.offset.0 + index * 8)?;
-        word.store(raw, Ordering::Release);
-        Ok(())
+        let at = l1.offset.0 + index * 8;
+        let written = file.write_at(&raw.to_be_bytes(), at);
+        let mut now = raw.to_be_bytes();
+        // Where that failed, it may stand there all the same: only the file tells.
+        if written.is_ok() || file.read_at(&mut now, at).is_ok() {
+            word.store(u64::from_be_bytes(now), Ordering::Release);
+        }
+        written
     }
 
     /// The L1 table: where it lies, and its entries.
@@ -345,10 +354,15 @@ impl Mapping {
         for at in (0..self.geometry.cluster_size()).step_by(self.slice_bytes as usize) {
             let set = self.set(table.0 + at);
             let _changing = self.stripes.get(set % STRIPES).map(Mutex::lock);
-            for way in self.ways(set) {
-                if way.load().as_ref().is_some_and(|slice| slice.key == table.0 + at) {
-                    way.store(None);
-                }
+            self.drop_slice(set, table.0 + at);
+        }
+    }
+
+    /// Drops a slice from the cache. Called under the set's lock.
+    fn drop_slice(&self, set: usize, key: u64) {
+        for way in self.ways(set) {
+            if way.load().as_ref().is_some_and(|slice| slice.key == key) {
+                way.store(None);
             }
         }
     }

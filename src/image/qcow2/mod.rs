@@ -9,6 +9,7 @@
 //! | [`mapping`] | from guest offsets to runs of bytes with one source, and changes of that |
 //! | [`compressed`] | compressed clusters |
 //! | `chain` | opening an image and all that lies below it |
+//! | [`files`] | which files these are |
 //! | `write` | changes of guest data: in place, or allocate, fill, sync, publish |
 //! | `resize` | changes of the disk's size |
 //! | [`range_lock`] | keeps two changes of one cluster apart |
@@ -47,6 +48,7 @@ mod chain;
 pub mod check;
 pub mod compressed;
 pub mod extensions;
+pub mod files;
 pub mod header;
 pub mod host;
 pub mod mapping;
@@ -64,6 +66,15 @@ mod write;
 
 /// Reads and checks the header of an image.
 pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    read_header_as(storage, Header::parse)
+}
+
+/// The same of an image that may be encrypted: to tell what it is, nothing more.
+pub fn look_at_header(storage: &dyn Storage) -> Result<Header> {
+    read_header_as(storage, Header::look)
+}
+
+fn read_header_as(storage: &dyn Storage, parse: fn(&[u8], u64) -> Result<Header>) -> Result<Header> {
     let at = |e: Error| e.at_path(storage.path());
     let file_bytes = storage.len()?;
     let mut prefix = vec![0; file_bytes.min(512) as usize];
@@ -71,7 +82,7 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
     let cluster_bytes = header::cluster_size_of(&prefix).map_err(at)?;
     let mut cluster = vec![0; file_bytes.min(cluster_bytes) as usize];
     storage.read_at(&mut cluster, 0)?;
-    Header::parse(&cluster, file_bytes).map_err(at)
+    parse(&cluster, file_bytes).map_err(at)
 }
 
 /// A qcow2 image, or one of its internal snapshots.
@@ -90,7 +101,7 @@ pub struct Qcow2Image {
     backing: Option<Arc<dyn Image>>,
     /// Where the image may be changed.
     writer: Option<Writer>,
-    /// Of the file before anything was changed.
+    /// The stamp before anything was changed.
     found: Stamp,
 }
 
@@ -99,6 +110,7 @@ struct Files {
     header: Header,
     file: HostFile,
     data: Option<HostFile>,
+    /// Their stamp before anything was changed.
     found: Stamp,
     /// What the file is not cut below when it is closed.
     keep_bytes: u64,
@@ -133,8 +145,8 @@ impl Qcow2Image {
                 (data, needed) => Ok(data.filter(|_| needed)),
             }
         };
-        let files = prepare::prepare(RawImage::over(parts.file.clone(), read_only)?, open_data)?;
-        Qcow2Image::new(files, parts.backing, options)
+        let files = prepare::read(RawImage::over(parts.file.clone(), read_only)?, open_data)?;
+        Qcow2Image::new(prepare::prepare(files)?, parts.backing, options)
     }
 
     /// An image of checked parts; of the internal snapshot with an ID or name, where one is given.
@@ -157,6 +169,8 @@ impl Qcow2Image {
             prepare::note_tables(&file, &mapping, &header)?;
             Some(Writer::new(Session::new(file.clone(), &header, keep_bytes)?))
         };
+        let below = backing.as_ref().map(|backing| backing.found_stamp()).transpose()?;
+        let found = found.with_others(size, below.as_slice(), &[]);
         let (size, data) = (AtomicU64::new(size), data.map(Arc::new));
         Ok(Qcow2Image { header, size, mapping, decompressor, snapshots, file, data, backing, writer, found })
     }
@@ -307,7 +321,8 @@ impl Image for Qcow2Image {
     }
 
     fn stamp(&self) -> Result<Stamp> {
-        self.file.image.stamp()
+        let below = self.backing.as_ref().map(|backing| backing.stamp()).transpose()?;
+        Ok(prepare::own_stamp(&self.file, self.data.as_deref())?.with_others(self.size(), below.as_slice(), &[]))
     }
 
     fn found_stamp(&self) -> Result<Stamp> {
@@ -324,6 +339,10 @@ impl Image for Qcow2Image {
 
     fn read_only(&self) -> bool {
         self.writer.is_none()
+    }
+
+    fn is_shared(&self) -> bool {
+        self.file.image.is_shared()
     }
 
     fn is_block_device(&self) -> bool {

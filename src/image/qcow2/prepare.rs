@@ -14,21 +14,32 @@ use super::tables::{L1Entry, decode_l1};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::image::raw::RawImage;
-use crate::storage::Storage;
+use crate::storage::{Stamp, Storage};
 
 /// Where the header keeps `autoclear_features`.
 const AUTOCLEAR_AT: u64 = 88;
+/// What a stamp looks at: the header and, of most images, its extensions.
+const STAMPED_HEADER_BYTES: u64 = 4096;
 
-/// Reads the header; opens the external data file with `open_data`, which gives one where the header asks for it.
-pub(super) fn prepare(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Option<RawImage>>) -> Result<Files> {
-    let found = image.stamp()?;
-    let mut keep_bytes = image.size();
+/// Reads the header; opens the external data file with `open_data`, which gives one where the header asks for it. Changes
+/// nothing.
+pub(super) fn read(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Option<RawImage>>) -> Result<Files> {
     let plain = HostFile::of_data(image);
-    let mut header = read_header(&plain)?;
+    let header = read_header(&plain)?;
     if !plain.image.read_only() {
         refuse_corrupt(&plain, &header)?;
     }
     let data = open_data(&header)?.map(HostFile::of_data);
+    let found = own_stamp(&plain, data.as_ref())?;
+    let keep_bytes = plain.bytes();
+    Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
+}
+
+/// Makes an image ready to be changed, where it was opened for that. Everything below it is open, so that an image that
+/// is refused has not been touched.
+pub(super) fn prepare(files: Files) -> Result<Files> {
+    let Files { mut header, file, data, found, mut keep_bytes } = files;
+    let plain = HostFile::of_data(file.image);
     if !plain.image.read_only() {
         if let Some(data) = &data {
             data.sync()?;
@@ -45,6 +56,15 @@ pub(super) fn prepare(image: RawImage, open_data: impl FnOnce(&Header) -> Result
         plain.sync()?;
     }
     Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
+}
+
+/// The stamp of an image's own files, which shows a change of its header too.
+pub(super) fn own_stamp(file: &HostFile, data: Option<&HostFile>) -> Result<Stamp> {
+    let mut header = vec![0; file.bytes().min(STAMPED_HEADER_BYTES) as usize];
+    file.read_at(&mut header, 0)?;
+    let data = data.map(Storage::stamp).transpose()?;
+    let file = file.stamp()?;
+    Ok(file.with_others(file.size, data.as_slice(), &header))
 }
 
 fn mend(file: &HostFile, header: &Header) -> Result<()> {

@@ -28,7 +28,10 @@ pub struct Session {
     cluster_bits: u32,
     version: u32,
     incompatible_features: u64,
+    /// The dirty bit may be set.
     dirty: bool,
+    /// It is set, durably.
+    marked: bool,
     /// Clusters are counted that nothing refers to: the image stays dirty, and the next open finds them.
     leaks: bool,
     /// Version 2: counted, but not handed out.
@@ -76,6 +79,7 @@ impl Session {
             version: header.version,
             incompatible_features: header.incompatible_features,
             dirty: false,
+            marked: false,
             leaks: false,
             ahead: 0..0,
             keep_bytes,
@@ -105,10 +109,15 @@ impl Session {
 
     fn allocate_counted(&mut self, count: u64) -> Result<Range<u64>> {
         if self.ahead.is_empty() {
-            self.ahead = self.alloc.allocate(count.max(AHEAD_CLUSTERS))?;
+            let ahead = self.alloc.allocate(count.max(AHEAD_CLUSTERS))?;
             // A check sees no refcounts of clusters behind the end of the file.
-            self.file.grow(self.ahead.end << self.cluster_bits)?;
-            self.alloc.write_refcounts()?;
+            let grown = self.file.grow(ahead.end << self.cluster_bits);
+            let counted = grown.and_then(|()| self.alloc.write_refcounts());
+            if let Err(e) = counted {
+                let _ = self.alloc.take_back(ahead).inspect_err(|e| self.leak(e));
+                return Err(e);
+            }
+            self.ahead = ahead;
         }
         let end = self.ahead.end.min(self.ahead.start + count);
         let clusters = self.ahead.start..end;
@@ -171,9 +180,10 @@ impl Session {
 
     /// Before the first change of a refcount, or of an entry that lets a cluster go.
     pub fn begin(&mut self) -> Result<()> {
-        if self.version >= 3 && !self.dirty {
-            self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, true)?;
+        if self.version >= 3 && !self.marked {
             self.dirty = true;
+            self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, true)?;
+            self.marked = true;
         }
         Ok(())
     }
@@ -197,6 +207,8 @@ impl Session {
             self.file.set_len(end)?;
         }
         if self.dirty && !self.leaks {
+            // Where that fails, the bit may be clear all the same.
+            self.marked = false;
             self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, false)?;
             self.dirty = false;
         }

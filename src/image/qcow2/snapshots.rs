@@ -138,6 +138,6 @@ pub fn find<'a>(snapshots: &'a [Snapshot], id_or_name: &str) -> Result<&'a Snaps
     by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == id_or_name)).ok_or_else(|| {
         let what = format!("internal snapshot '{}'", id_or_name.escape_debug());
         let e = Error::new(errno::ENOENT, what, "the image has none of this ID or name");
-        e.hint("list them with: qemu-img snapshot -l IMAGE")
+        e.hint("list them with: fleecefs info IMAGE")
     })
 }

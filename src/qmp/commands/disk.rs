@@ -22,12 +22,14 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let format = arguments.optional_string("format")?.map(format_by_name).transpose()?;
     let read_only = arguments.optional_bool("read-only")?.unwrap_or(false);
     let snapshot = arguments.optional_string("snapshot")?;
+    let force_share = arguments.optional_bool("force-share")?.unwrap_or(false);
+    let l2_cache_bytes = arguments.optional_uint("l2-cache-size")?;
     arguments.finish()?;
     if !file.is_absolute() {
         let e = Error::new(errno::EINVAL, format!("image '{}'", file.display()), "not an absolute path");
         return Err(e.into());
     }
-    let disk = host.add_disk(&DiskSpec { name, file, format, read_only, snapshot })?;
+    let disk = host.add_disk(&DiskSpec { name, file, format, read_only, snapshot, force_share, l2_cache_bytes })?;
     Ok(json!({ "name": disk.name(), "uuid": disk.uuid(), "size": disk.size() }))
 }
 

@@ -35,6 +35,8 @@ mod paths;
 mod probing;
 #[path = "blackbox/qcow2.rs"]
 mod qcow2;
+#[path = "blackbox/qcow2_bitmaps.rs"]
+mod qcow2_bitmaps;
 #[path = "blackbox/qmp.rs"]
 mod qmp;
 #[path = "blackbox/snapshots.rs"]

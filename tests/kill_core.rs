@@ -7,12 +7,18 @@
 
 #![cfg(not(any(feature = "shuttle", loom)))]
 
+#[path = "kill/blank.rs"]
+mod blank;
 #[path = "kill/camera.rs"]
 mod camera;
 
 use camera::{Camera, DISKS, Host};
 use fleecefs::fleece::{Fleece, SnapshotRequest, View};
+use fleecefs::image::Image;
+use fleecefs::image::persistent::Trust;
+use fleecefs::image::qcow2::check;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Bytes per bit of a checkpoint's bitmap. The script writes the first page of granules.
@@ -156,9 +162,12 @@ fn lets_guests_in(step: Step) -> bool {
     matches!(step, Step::Freeze(_) | Step::Complete(_) | Step::Cancel(_) | Step::Delete(_) | Step::Reap)
 }
 
+/// Makes a host whose disks have that many bytes.
+type NewHost = fn(usize) -> Host;
+
 /// Runs the script up to the picture at `moment`, and hands it to `look`. False: the script ended before.
-fn kill_at(moment: u64, late_write: bool, look: fn(&Host, &Expected, bool)) -> bool {
-    let host = Host::new(GRANULES * GRANULE as usize);
+fn kill_at(new_host: NewHost, moment: u64, late_write: bool, look: fn(&Host, &Expected, bool)) -> bool {
+    let host = new_host(GRANULES * GRANULE as usize);
     let first = host.mount(None);
     first.close().unwrap();
     let camera = Camera::new(&host, moment);
@@ -289,26 +298,113 @@ fn look_after_a_killed_start(host: &Host, expected: &Expected, late: bool) {
 }
 
 /// Kills at every `stride`-th moment.
-fn kill_at_moments(stride: usize, late_write: bool, look: fn(&Host, &Expected, bool)) {
-    let moment = (0..).step_by(stride).find(|moment| !kill_at(*moment, late_write, look));
+fn kill_at_moments(new_host: NewHost, stride: usize, late_write: bool, look: fn(&Host, &Expected, bool)) {
+    let moment = (0..).step_by(stride).find(|moment| !kill_at(new_host, *moment, late_write, look));
     assert!(moment.is_some_and(|moment| moment > 200), "the script has fewer moments than it should: {moment:?}");
 }
 
 #[test]
 fn a_kill_at_every_moment_leaves_views_and_maps_right() {
-    kill_at_moments(1, false, look_at);
+    kill_at_moments(Host::new, 1, false, look_at);
 }
 
 #[test]
 fn a_write_and_a_kill_at_every_moment_leave_views_and_maps_right() {
-    kill_at_moments(1, true, look_at);
+    kill_at_moments(Host::new, 1, true, look_at);
 }
 
 /// Of the moments of the script one in 23, in CI; all of them with `FLEECEFS_FULL=1`.
 #[test]
 fn a_kill_at_every_moment_of_a_recovery_leaves_views_and_maps_right() {
     let stride = if std::env::var_os("FLEECEFS_FULL").is_some() { 1 } else { 23 };
-    kill_at_moments(stride, true, look_after_a_killed_start);
+    kill_at_moments(Host::new, stride, true, look_after_a_killed_start);
+}
+
+/// As [`look_at`], and at the bitmaps in the images.
+fn look_at_bitmaps(host: &Host, expected: &Expected, late: bool) {
+    for disk in 0..DISKS.len() {
+        assert!(expected.live == Content::default() || good(host, disk).is_empty(), "good while the disk is written");
+    }
+    look_at(host, expected, late);
+    for disk in 0..DISKS.len() {
+        let report = check::check(&*host.file(disk)).unwrap();
+        assert!(report.is_clean() && !report.dirty, "{:?}", report.findings);
+        // A write by the new process into each granule; `late` or not, the bitmap of the checkpoint `end` has them too.
+        let pages: Vec<u64> = (0..GRANULES as u64).map(|granule| granule * GRANULE / PAGE as u64).collect();
+        let good = good(host, disk);
+        assert_eq!(set_bits(&good["on"]), pages);
+        assert_eq!(set_bits(&good["end"]), (0..GRANULES as u64).collect::<Vec<_>>());
+        assert_eq!(good["off"][0], blank::OFF);
+    }
+}
+
+/// As [`look_after_a_killed_start`], and at the bitmaps.
+fn look_at_bitmaps_after_a_killed_start(host: &Host, expected: &Expected, late: bool) {
+    for moment in (0..).step_by(3) {
+        let host = host.copy();
+        let camera = Camera::new(&host, moment);
+        host.mount(Some(&camera));
+        let Some(host) = camera.picture() else { return };
+        look_at_bitmaps(&host, expected, late);
+    }
+}
+
+/// The words of the bitmaps that an image calls good.
+fn good(host: &Host, disk: usize) -> BTreeMap<String, Vec<u64>> {
+    let image = blank::open(host.copy().file(disk)).unwrap();
+    let persistent = image.persistent().unwrap();
+    let good = persistent.list().unwrap().into_iter().filter(|stored| stored.trust == Trust::Good);
+    good.map(|stored| (stored.name.clone(), persistent.load(&stored.name).unwrap())).collect()
+}
+
+fn set_bits(words: &[u64]) -> Vec<u64> {
+    (0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 != 0).collect()
+}
+
+/// Of the moments one in 11, in CI; all of them with `FLEECEFS_FULL=1`.
+#[test]
+fn a_kill_under_qcow2_images_leaves_views_maps_and_bitmaps_right() {
+    let full = std::env::var_os("FLEECEFS_FULL").is_some();
+    kill_at_moments(Host::qcow2, if full { 1 } else { 11 }, true, look_at_bitmaps);
+    kill_at_moments(Host::qcow2, if full { 7 } else { 131 }, false, look_at_bitmaps_after_a_killed_start);
+}
+
+/// A kill while the disks are closed, and while they are opened again.
+#[test]
+fn a_kill_at_every_moment_of_a_close_and_an_open_loses_no_bitmap() {
+    for moment in 0.. {
+        let host = Host::qcow2(GRANULES * GRANULE as usize);
+        let camera = Camera::new(&host, moment);
+        camera.pause(true);
+        let fleece = host.mount(Some(&camera));
+        freeze(&fleece, "start");
+        write(&fleece, 2, 7);
+        camera.pause(false);
+        fleece.close().unwrap();
+        drop(fleece);
+        host.mount(Some(&camera));
+        let Some(host) = camera.picture() else {
+            assert!(moment > 100, "{moment} moments");
+            return;
+        };
+        let fleece = host.mount(None);
+        for disk in fleece.disk_infos() {
+            assert!(disk.tracking.starts_with("exact"), "{}", disk.tracking);
+        }
+        freeze(&fleece, "end");
+        for view in fleece.snapshot("end").unwrap().views() {
+            let base = view.since().into_iter().find(|point| point.name == "start").unwrap();
+            assert_eq!(view.map(Some(base.uuid)).unwrap().dirty_bytes(), GRANULE, "moment {moment}");
+        }
+        fleece.close().unwrap();
+        for disk in 0..DISKS.len() {
+            let good = good(&host, disk);
+            assert_eq!(set_bits(&good["on"]), [2 * GRANULE / PAGE as u64], "moment {moment}");
+            assert_eq!(good["off"][0], blank::OFF);
+            assert!(set_bits(&good["end"]).is_empty());
+            assert!(!good.contains_key("start"));
+        }
+    }
 }
 
 /// The script itself, without a kill, ends as it should.

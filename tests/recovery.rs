@@ -7,6 +7,8 @@
 #[path = "core/rig.rs"]
 mod rig;
 
+#[path = "kill/blank.rs"]
+mod blank;
 #[path = "recovery/damage.rs"]
 mod damage;
 #[path = "recovery/foreign.rs"]
@@ -17,3 +19,5 @@ mod kill;
 mod medium;
 #[path = "recovery/power.rs"]
 mod power;
+#[path = "recovery/qcow2.rs"]
+mod qcow2;

@@ -10,6 +10,6 @@ pub mod sidecar;
 pub use bits::Bits;
 pub use dirty::DirtyBitmap;
 pub use sidecar::{
-    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, Prepared,
-    PreparedAction, Sidecar, SnapshotEntry, State, Superblock, region_size_for,
+    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Prepared,
+    PreparedAction, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState, region_size_for,
 };

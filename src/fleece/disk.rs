@@ -431,6 +431,7 @@ impl Disk {
             ));
         }
         self.reap();
+        self.keep_disabled()?;
         let gate = self.gate.write();
         self.tracking.note_write();
         let old = self.size();
@@ -480,6 +481,7 @@ impl Disk {
         self.tracking.sidecar.commit(|directory| {
             directory.size = size;
             for (old, new) in old.iter().zip(&new) {
+                super::persistent::follow(directory, old.uuid, new);
                 for entry in directory.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap) {
                     if entry.uuid == old.uuid {
                         *entry =

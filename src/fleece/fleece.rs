@@ -170,6 +170,7 @@ impl Fleece {
             snapshot: spec.snapshot.clone(),
             l2_cache_bytes: spec.l2_cache_bytes,
             force_share: spec.force_share,
+            keeps_bitmaps: true,
         };
         let image = while_busy(|| image::open(&spec.file, &options))?;
         self.check_image_once(&*image)?;

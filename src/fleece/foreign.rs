@@ -54,12 +54,15 @@ impl Disk {
         // What came so far is noted: the next sign is of another write.
         self.tracking.note_write();
         self.set_known_size();
-        Ok(())
+        self.begin_in_image()
     }
 
     fn foreign_signs(&self) -> Result<Option<String>> {
         if self.read_only() {
             return Ok(None);
+        }
+        if self.mark_is_ours()? == Some(false) {
+            return Ok(Some("another program opened the image for writing".to_owned()));
         }
         let image = &**self.image();
         Ok(signs(image, &image.stamp()?, self.tracking.last_write_ns(), Some(self.known_size())))

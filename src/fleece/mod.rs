@@ -25,6 +25,7 @@ mod info;
 mod keep;
 mod layer;
 mod map;
+mod persistent;
 mod place;
 mod recover;
 mod snapshot;

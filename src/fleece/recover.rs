@@ -7,16 +7,19 @@
 //! | no `dirty.log` | nothing is known; tracking starts |
 //! | CLEAN, and the image bears the stamp | everything is exact; kept views are whole |
 //! | OPEN, words with our nonce of this boot are there, the image was not written after the clock word (+ 1 s) | exact: the daemon was killed; views are whole |
+//! | a mark in the image, see `persistent` | exact where it proves that nobody else wrote, or where the image's own bitmap has what others wrote |
 //! | anything else | changes since the newest checkpoint are not known: its bitmap says everything; views are dropped |
 //!
 //! The order of an open: a new nonce; new words, filled completely; the superblock {OPEN, nonce}, durable; the
 //! directory with the outcome; only then the old words go and writes are accepted. A crash at any point recovers from
 //! the same facts: until the superblock stands, from the old words; from then on from the new ones, which hold the
-//! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory.
+//! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory. Between the
+//! directory and the first write the image's own bitmaps are taken over.
 //!
-//! The order of a clean close: image flushed; recording bitmaps written to the sidecar and named in the directory;
-//! kept views saved; the superblock {CLEAN, stamp}; then the words go. Where one step fails the words stay, and the
-//! next open finds what a kill would have left.
+//! The order of a clean close: image flushed; kept views saved; recording bitmaps written to the sidecar and named in
+//! the directory; bitmaps stored in the image, where it has any; image closed; the superblock {CLEAN, stamp}; then the
+//! words go. Where a step before the superblock fails the words stay, and the next open finds what a kill would have
+//! left.
 
 use super::Options;
 use super::chain::Chain;
@@ -25,6 +28,7 @@ use super::disk::{Disk, DiskParts};
 use super::events::{Event, Events};
 use super::keep;
 use super::layer::{Layer, PARTS, word_name};
+use super::persistent::{Bitmaps, Proof, prove};
 use super::place::{Environment, Place};
 use super::store::{StoreIo, StoreSpace};
 use super::tracking::{
@@ -71,7 +75,8 @@ enum Found {
 /// Opens the state of one disk, recovers what can be believed, and makes the disk.
 pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: Shared<'_>) -> Result<Disk> {
     let root = place.shm.clone().unwrap_or_else(|| shared.env.shm.clone());
-    let (sidecar, found) = open_sidecar(name, &*image, &*place.state, &*root)?;
+    let (sidecar, found, proof) = open_sidecar(name, &*image, &*place.state, &*root)?;
+    let bitmaps = Bitmaps::new(&*image, proof)?;
     if let Some(dir) = stores_in_use(&sidecar.directory(), &*place.stores) {
         log::warn!("disk '{name}': stores stay in {} while it has snapshots there", dir.path("").display());
         place.stores = dir;
@@ -79,13 +84,27 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     let store_io = store_io(name, &place, &shared);
     let nonce = Uuid::new_v4();
     let shm: Arc<dyn Shm> = Arc::from(root.create(&nonce.to_string())?);
-    let opened = Opening { name, image: &*image, sidecar: &sidecar, shm: &*shm, store_io: &store_io, shared: &shared };
+    let opened = Opening {
+        name,
+        image: &*image,
+        sidecar: &sidecar,
+        shm: &*shm,
+        store_io: &store_io,
+        shared: &shared,
+        bitmaps: &bitmaps,
+    };
     let state = opened.recover(&found).inspect_err(|_| {
         let _ = shm.remove_all();
     })?;
     let clock = shm.create(CLOCK, CLOCK_WORDS)?;
     clock[0].store(now_coarse_ns() as u64, Ordering::SeqCst);
     clock[CLOCK_INO].store(image.stamp()?.ino, Ordering::SeqCst);
+    if proof == Proof::Ours {
+        sidecar.commit(|directory| {
+            bitmaps.keep_mark(&mut directory.in_image);
+            Ok(())
+        })?;
+    }
     let mut superblock = sidecar.superblock();
     let old_nonce = match &superblock.state {
         State::Open { nonce, .. } => Some(*nonce),
@@ -115,7 +134,7 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     if let Err(e) = remove_strays(&store_io, &state.directory) {
         log::warn!("disk '{name}': leftover stores could not be removed: {e}");
     }
-    let origin = tell(name, &found, &state, &shared);
+    let origin = tell(name, &found, proof, &state, &shared);
     let tracking = Tracking::new(sidecar, shm, clock, state.recording);
     let parts = DiskParts {
         name: name.to_owned(),
@@ -129,7 +148,9 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
         origin,
         lock: place.lock,
     };
-    Ok(Disk::new(parts, shared.options))
+    let disk = Disk::new(parts, shared.options);
+    disk.begin_in_image()?;
+    Ok(disk)
 }
 
 /// Where the stores of recorded layers are, if elsewhere than in `stores`.
@@ -159,17 +180,27 @@ fn remove_strays(io: &Arc<StoreIo>, directory: &Directory) -> Result<()> {
 }
 
 /// Logs what was found, hands it on as an event, and returns it for status.
-fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> String {
+fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Shared<'_>) -> String {
+    // Where the image's own bitmap was looked at in vain, the checkpoint says so.
+    let full = |reason: &String| -> String {
+        let told = recording_checkpoint(&state.directory).and_then(|entry| entry.bitmap.everything.clone());
+        told.filter(|told| told.starts_with(reason.as_str())).unwrap_or_else(|| reason.clone())
+    };
     let origin = match found {
         Found::New => "tracking starts".to_owned(),
         Found::Clean => "exact".to_owned(),
         Found::Killed(_) => "exact after a kill".to_owned(),
-        Found::Lost(reason) => format!("everything: {reason}"),
+        Found::Lost(_) if state.recorded => match proof {
+            Proof::Ours => "exact after a stop of the host".to_owned(),
+            _ => "exact after writes of another program".to_owned(),
+        },
+        Found::Lost(reason) => format!("everything: {}", full(reason)),
     };
     let event = match found {
         Found::New | Found::Clean => None,
         Found::Killed(_) => Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() }),
-        Found::Lost(reason) => Some(Event::TrackingLost { disk: name.to_owned(), reason: reason.clone() }),
+        Found::Lost(_) if state.recorded => Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() }),
+        Found::Lost(reason) => Some(Event::TrackingLost { disk: name.to_owned(), reason: full(reason) }),
     };
     if let Some(event) = event {
         shared.events.emit(&event);
@@ -184,7 +215,7 @@ fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> St
 }
 
 /// Opens or makes the sidecar and looks at what the last user left.
-fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRoot) -> Result<(Sidecar, Found)> {
+fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRoot) -> Result<(Sidecar, Found, Proof)> {
     let new = || -> Result<Sidecar> {
         let file = state.create(SIDECAR)?;
         let sidecar = Sidecar::create(file, Directory::new(Uuid::new_v4(), image.size()))?;
@@ -192,51 +223,56 @@ fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRo
         Ok(sidecar)
     };
     if !state.exists(SIDECAR)? {
-        return Ok((new()?, Found::New));
+        return Ok((new()?, Found::New, Proof::NoMark));
     }
     match Sidecar::open(state.open(SIDECAR)?) {
         Ok(sidecar) => {
-            let found = classify(&sidecar, image, root)?;
-            Ok((sidecar, found))
+            let proof = prove(image, &sidecar.superblock(), &sidecar.directory())?;
+            let (found, proof) = classify(&sidecar, image, root, proof)?;
+            Ok((sidecar, found, proof))
         }
         // Damaged: what it knew is lost, which must not keep a guest from starting. Newer versions and I/O errors do.
         Err(e) if e.errno() == errno::EINVAL => {
             let aside = format!("{SIDECAR}.damaged-{}", now_ns());
             state.rename(SIDECAR, &aside)?;
             log::error!("disk '{name}': {e}; kept as {}", state.path(&aside).display());
-            Ok((new()?, Found::Lost(format!("its tracking state was damaged: {e}"))))
+            Ok((new()?, Found::Lost(format!("its tracking state was damaged: {e}")), Proof::NoMark))
         }
         Err(e) => Err(e),
     }
 }
 
-fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot) -> Result<Found> {
+/// What was found, and what is left of the proof by then: a mark says nothing of who writes past the format.
+fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot, proof: Proof) -> Result<(Found, Proof)> {
+    let lost = |reason: &str| Ok((Found::Lost(reason.to_owned()), proof));
+    let touched = |reason: String| Ok((Found::Lost(reason), proof.touched()));
+    if let Some(reason) = proof.reason() {
+        return lost(reason);
+    }
     let stamp = image.found_stamp()?;
     match sidecar.superblock().state {
-        State::Clean { stamp: left } if same(&left, &stamp, image.is_block_device()) => Ok(Found::Clean),
-        State::Clean { .. } => {
-            Ok(Found::Lost("the image was changed by another program since the last clean stop".to_owned()))
-        }
+        State::Clean { stamp: left } if same(&left, &stamp, image.is_block_device()) => Ok((Found::Clean, proof)),
+        State::Clean { .. } => touched("the image was changed by another program since the last clean stop".to_owned()),
         State::Open { nonce, boot_id } => {
             if boot_id != root.boot_id() {
-                return Ok(Found::Lost("the host stopped without a clean stop of fleecefs".to_owned()));
+                return lost("the host stopped without a clean stop of fleecefs");
             }
             let Some(words) = root.find(&nonce.to_string())? else {
-                return Ok(Found::Lost("fleecefs was killed and its state in memory is gone".to_owned()));
+                return lost("fleecefs was killed and its state in memory is gone");
             };
             let Some(clock) = words.open(CLOCK)? else {
-                return Ok(Found::Lost("fleecefs was killed while it was opening the disk".to_owned()));
+                return lost("fleecefs was killed while it was opening the disk");
             };
             if !image.is_block_device()
                 && clock.get(CLOCK_INO).map(|word| word.load(Ordering::SeqCst)) != Some(stamp.ino)
             {
-                return Ok(Found::Lost("the state belongs to another image file".to_owned()));
+                return touched("the state belongs to another image file".to_owned());
             }
             let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
             if let Some(reason) = super::foreign::signs(image, &stamp, newest, None) {
-                return Ok(Found::Lost(format!("{reason} after fleecefs was killed")));
+                return touched(format!("{reason} after fleecefs was killed"));
             }
-            Ok(Found::Killed(words))
+            Ok((Found::Killed(words), proof))
         }
     }
 }
@@ -257,12 +293,15 @@ struct Opening<'a> {
     shm: &'a dyn Shm,
     store_io: &'a Arc<StoreIo>,
     shared: &'a Shared<'a>,
+    bitmaps: &'a Bitmaps<'a>,
 }
 
 /// The outcome of a recovery: the directory to be, and what stands in memory.
 struct Recovered {
     directory: Directory,
     recording: Vec<Recording>,
+    /// What another program wrote is in the image's own bitmap.
+    recorded: bool,
     layers: Vec<Arc<Layer>>,
     dropped_views: Vec<String>,
 }
@@ -274,11 +313,21 @@ impl Opening<'_> {
             Found::Killed(words) => Some(&**words),
             _ => None,
         };
+        let nobody_wrote = match self.bitmaps.proof {
+            Proof::NoMark => matches!(found, Found::Clean | Found::Killed(_)),
+            proof => proof == Proof::Ours,
+        };
+        directory.in_image.checkpoints = self.bitmaps.checkpoint_names(&directory, nobody_wrote);
         let extra = self.settle_prepared(&mut directory, old)?;
-        let recording = self.recover_recording(&mut directory, found, extra)?;
+        let (checkpoint, recorded) = self.recover_recording(&mut directory, found, extra)?;
+        let in_words = |entry: &BitmapEntry| old.and_then(|old| words_of(old, entry).ok().flatten());
+        let (users, entries) = self.bitmaps.users(&directory, self.shm, nobody_wrote, in_words)?;
+        directory.bitmaps = entries;
+        self.bitmaps.keep_mark(&mut directory.in_image);
         let mut state = Recovered {
             directory,
-            recording: recording.into_iter().collect(),
+            recording: checkpoint.into_iter().chain(users).collect(),
+            recorded,
             layers: Vec::new(),
             dropped_views: Vec::new(),
         };
@@ -338,25 +387,33 @@ impl Opening<'_> {
         Ok(BitmapEntry { area: Some(area), crc: Some(crc), dirty: bitmap.count_bytes(), ..entry.clone() })
     }
 
-    /// The bitmap of the checkpoint that records, in new words of the image's present size.
+    /// The bitmap of the checkpoint that records, in new words of the image's present size, and whether the image had it
+    /// where nothing else is known.
     fn recover_recording(
         &self,
         directory: &mut Directory,
         found: &Found,
         extra: Option<DirtyBitmap>,
-    ) -> Result<Option<Recording>> {
+    ) -> Result<(Option<Recording>, bool)> {
         let Some(index) = recording_checkpoint(directory).map(|_| directory.checkpoints.len() - 1) else {
-            return Ok(None);
+            return Ok((None, false));
         };
         let entry = directory.checkpoints[index].bitmap.clone();
-        let known: std::result::Result<DirtyBitmap, String> = match found {
-            Found::Killed(old) => match words_of(&**old, &entry)? {
+        let kept = entry.area.is_some().then(|| self.saved(&entry));
+        let stored = self.bitmaps.checkpoint(directory, &directory.checkpoints[index], kept);
+        let recorded = stored.is_ok() && entry.everything.is_none();
+        let known: std::result::Result<DirtyBitmap, String> = match (stored, found) {
+            (Ok(bitmap), _) => Ok(bitmap),
+            (_, Found::Killed(old)) => match words_of(&**old, &entry)? {
                 Some(bitmap) => Ok(bitmap),
                 None => Err("its bitmap in memory is gone".to_owned()),
             },
-            Found::Clean => self.saved(&entry),
-            Found::Lost(reason) => Err(reason.clone()),
-            Found::New => Err("it was never saved".to_owned()),
+            (_, Found::Clean) => self.saved(&entry),
+            (Err(why), Found::Lost(reason)) if self.bitmaps.proof == Proof::SinceClose => {
+                Err(format!("{reason}, and {why}"))
+            }
+            (_, Found::Lost(reason)) => Err(reason.clone()),
+            (_, Found::New) => Err("it was never saved".to_owned()),
         };
         let size = self.image.size();
         let bits = DirtyBitmap::bits_for(entry.granularity, size)?;
@@ -378,7 +435,7 @@ impl Opening<'_> {
         };
         let recording = Recording { uuid: entry.uuid, bitmap: Arc::new(bitmap) };
         directory.checkpoints[index].bitmap = BitmapEntry { everything, ..recording_entry(&recording) };
-        Ok(Some(recording))
+        Ok((Some(recording), recorded && matches!(found, Found::Lost(_))))
     }
 
     fn saved(&self, entry: &BitmapEntry) -> std::result::Result<DirtyBitmap, String> {
@@ -453,17 +510,19 @@ impl Disk {
         self.check_foreign()?;
         let _gate = self.gate.write();
         self.closed.store(true, Ordering::SeqCst);
-        self.close_drained(keep_views).inspect_err(|_| self.closed.store(false, Ordering::SeqCst))
+        self.close_drained(keep_views).inspect_err(|_| {
+            // What was stored must not count while writes go on, nor a sidecar that says CLEAN.
+            let is_open = matches!(self.tracking.sidecar.superblock().state, State::Open { .. });
+            if is_open && self.begin_in_image().is_ok() {
+                self.closed.store(false, Ordering::SeqCst);
+            }
+        })
     }
 
     /// The guest's writes are done, and new ones are refused.
     fn close_drained(&self, keep_views: bool) -> Result<()> {
         if !self.read_only() {
             self.flush()?;
-            // What the close writes is ours too, should a kill cut it off.
-            self.tracking.note_write();
-            self.image().close()?;
-            self.tracking.note_write();
         }
         let chain = self.chain.load();
         if keep_views {
@@ -471,7 +530,13 @@ impl Disk {
                 keep::save(layer)?;
             }
         }
-        self.save_bitmaps(&chain, keep_views)?;
+        let mark = Uuid::new_v4();
+        self.save_bitmaps(&chain, keep_views, mark)?;
+        self.store_in_image(mark)?;
+        if !self.read_only() {
+            self.image().close()?;
+        }
+        self.tracking.note_write();
         let superblock =
             Superblock { state: State::Clean { stamp: self.image().stamp()? }, ..self.tracking.sidecar.superblock() };
         self.tracking.sidecar.set_superblock(superblock)?;
@@ -487,7 +552,8 @@ impl Disk {
         }
     }
     /// The recording bitmaps, saved and named in the directory, with the layers that are kept.
-    fn save_bitmaps(&self, chain: &Chain, keep_views: bool) -> Result<()> {
+    fn save_bitmaps(&self, chain: &Chain, keep_views: bool, mark: Uuid) -> Result<()> {
+        let in_image = self.image().persistent().map(|image| image.mark()).transpose()?;
         let recording = self.tracking.recording();
         let directory = self.tracking.directory();
         let mut sealed = Vec::new();
@@ -508,6 +574,13 @@ impl Disk {
                 }
                 let kept = |uuid: Uuid| keep_views && chain.layers.iter().any(|layer| layer.uuid == uuid);
                 directory.layers.retain(|entry| kept(entry.uuid));
+                if let Some(in_image) = in_image {
+                    if let Some(name) = recording_checkpoint(directory).map(|entry| entry.name.clone()) {
+                        directory.in_image.checkpoints.retain(|other| *other != name);
+                        directory.in_image.checkpoints.push(name);
+                    }
+                    (directory.in_image.mark, directory.in_image.backing) = (Some(mark), in_image.backing);
+                }
                 Ok(())
             })
         });

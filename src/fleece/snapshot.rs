@@ -296,6 +296,11 @@ impl Fleece {
         if self.snapshots.read().iter().any(|snapshot| snapshot.name == name) {
             return Err(Error::new(errno::EEXIST, format!("snapshot '{name}'"), "exists already"));
         }
+        let in_image = |disk: &Arc<Disk>| disk.tracking.directory().bitmaps.iter().any(|user| user.name == name);
+        if self.disks.read().values().any(in_image) {
+            return Err(Error::new(errno::EEXIST, format!("snapshot '{name}'"), "a bitmap of that name exists")
+                .hint("take another name"));
+        }
         let taken = |disk: &Arc<Disk>| disk.tracking.directory().checkpoints.iter().any(|entry| entry.name == name);
         if self.disks.read().values().any(taken) {
             return Err(Error::new(errno::EEXIST, format!("snapshot '{name}'"), "a checkpoint of that name exists")

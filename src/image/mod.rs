@@ -3,6 +3,7 @@
 //! [`Image`] is the trait that the core drives; [`open`] gives one of a file in any format. [`raw`] and [`qcow2`] are the
 //! formats; [`probed`] keeps the guest of an image whose format nobody named from changing it.
 
+use self::persistent::PersistentBitmaps;
 use crate::error::{Error, Result, errno};
 use crate::storage::lock::Access;
 use crate::storage::{BlockStatus, Stamp};
@@ -11,6 +12,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 
+pub mod persistent;
 pub mod probed;
 pub mod qcow2;
 pub mod raw;
@@ -60,6 +62,9 @@ pub struct OpenOptions {
     pub l2_cache_bytes: Option<u64>,
     /// Read while others may write, as QEMU's option of this name does; for reading only.
     pub force_share: bool,
+    /// Whether the caller keeps the persistent bitmaps, see [`persistent`]. Else an open for writing makes them
+    /// inconsistent, since they would miss what is written.
+    pub keeps_bitmaps: bool,
 }
 
 /// Memory that L2 tables may be given: some of them for every thread, to all of a disk of half a pebibyte.
@@ -175,6 +180,10 @@ pub trait Image: Send + Sync + Debug {
     /// What [`Image::stamp`] was before the open changed anything.
     fn found_stamp(&self) -> Result<Stamp> {
         self.stamp()
+    }
+    /// The persistent bitmaps, where the format has them and the image was opened for writing by who keeps them.
+    fn persistent(&self) -> Option<&dyn PersistentBitmaps> {
+        None
     }
     /// The format.
     fn format(&self) -> Format;

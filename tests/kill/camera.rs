@@ -1,7 +1,9 @@
 //! A host in memory that can be photographed at any of its I/O calls: what a kill -9 at that moment leaves.
 
+use super::blank;
 use fleecefs::error::Result;
 use fleecefs::fleece::{Environment, Fleece, Options, Place};
+use fleecefs::image::Image;
 use fleecefs::image::raw::RawImage;
 use fleecefs::storage::{BlockStatus, Dir, MemDir, SharedStorage, Shm, ShmRoot, Space, Stamp, Storage, Words};
 use parking_lot::Mutex;
@@ -16,14 +18,28 @@ pub const DISKS: [&str; 2] = ["a", "b"];
 #[derive(Debug, Clone)]
 pub struct Host {
     images: [Bytes; 2],
+    qcow2: bool,
     dirs: [MemDir; 2],
     words: Album,
 }
 
 impl Host {
     pub fn new(disk_bytes: usize) -> Host {
-        let image = || Bytes(Arc::new(Mutex::new(vec![0; disk_bytes])));
-        Host { images: [image(), image()], dirs: [MemDir::new(), MemDir::new()], words: Album::default() }
+        let image = || Bytes::new(disk_bytes as u64);
+        let (images, dirs) = ([image(), image()], [MemDir::new(), MemDir::new()]);
+        Host { images, qcow2: false, dirs, words: Album::default() }
+    }
+
+    /// With qcow2 images that have bitmaps.
+    pub fn qcow2(disk_bytes: usize) -> Host {
+        let host = Host { qcow2: true, ..Host::new(0) };
+        host.images.iter().for_each(|image| blank::make(Arc::new(image.clone()), disk_bytes as u64));
+        host
+    }
+
+    /// The file of an image.
+    pub fn file(&self, disk: usize) -> SharedStorage {
+        Arc::new(self.images[disk].clone())
     }
 
     /// The copy of this moment. A background thread may be freeing what nobody needs any more: so what is freed is
@@ -32,7 +48,7 @@ impl Host {
         let images = self.images.each_ref().map(Bytes::copy);
         let words = self.words.copy();
         let dirs = self.dirs.each_ref().map(copy_of);
-        Host { images, dirs, words }
+        Host { images, qcow2: self.qcow2, dirs, words }
     }
 
     /// A mount on this host, watched by `camera` where there is one.
@@ -43,13 +59,21 @@ impl Host {
             let image: SharedStorage = Arc::new(self.images[disk].clone());
             let (image, dir): (SharedStorage, Arc<dyn Dir>) = match camera {
                 Some(camera) => (
-                    Arc::new(WatchedFile { inner: image, camera: camera.clone() }),
+                    Arc::new(WatchedFile {
+                        inner: image,
+                        unit: if self.qcow2 { 512 } else { 1 },
+                        camera: camera.clone(),
+                    }),
                     Arc::new(WatchedDir { inner: self.dirs[disk].clone(), camera: camera.clone() }),
                 ),
                 None => (image, Arc::new(self.dirs[disk].clone())),
             };
             let place = Place { state: dir.clone(), stores: dir, shm: None, lock: None };
-            fleece.attach(name, Arc::new(RawImage::over(image, false).unwrap()), place).unwrap();
+            let image: Arc<dyn Image> = match self.qcow2 {
+                true => blank::open(image).unwrap(),
+                false => Arc::new(RawImage::over(image, false).unwrap()),
+            };
+            fleece.attach(name, image, place).unwrap();
         }
         fleece
     }
@@ -116,6 +140,11 @@ impl Camera {
         self.state.lock().before = act;
     }
 
+    /// No moments from here on, or again.
+    pub fn pause(&self, pause: bool) {
+        self.state.lock().busy = pause;
+    }
+
     pub fn taken(&self) -> bool {
         self.state.lock().picture.is_some()
     }
@@ -147,9 +176,32 @@ impl Camera {
 
 /// An image: bytes whose time never changes, so that no copy looks as if a stranger had written it.
 #[derive(Debug, Clone)]
-struct Bytes(Arc<Mutex<Vec<u8>>>);
+struct Bytes(Arc<Mutex<Data>>);
+
+#[derive(Debug, Clone, Default)]
+struct Data {
+    /// Up to the last byte that was written; zeros follow.
+    bytes: Vec<u8>,
+    len: u64,
+}
+
+impl Data {
+    /// The bytes of a range, which then are there.
+    fn range(&mut self, offset: u64, len: usize) -> &mut [u8] {
+        let (from, end) = (offset as usize, offset as usize + len);
+        assert!(end as u64 <= self.len);
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[from..end]
+    }
+}
 
 impl Bytes {
+    fn new(len: u64) -> Bytes {
+        Bytes(Arc::new(Mutex::new(Data { bytes: Vec::new(), len })))
+    }
+
     fn copy(&self) -> Bytes {
         Bytes(Arc::new(Mutex::new(self.0.lock().clone())))
     }
@@ -157,36 +209,45 @@ impl Bytes {
 
 impl Storage for Bytes {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        buf.copy_from_slice(&self.0.lock()[offset as usize..offset as usize + buf.len()]);
+        let data = self.0.lock();
+        assert!(offset + buf.len() as u64 <= data.len);
+        let there = data.bytes.get(offset as usize..).unwrap_or_default();
+        let (here, behind) = buf.split_at_mut(there.len().min(buf.len()));
+        here.copy_from_slice(&there[..here.len()]);
+        behind.fill(0);
         Ok(())
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.0.lock()[offset as usize..offset as usize + buf.len()].copy_from_slice(buf);
+        self.0.lock().range(offset, buf.len()).copy_from_slice(buf);
         Ok(())
     }
     fn sync(&self) -> Result<()> {
         Ok(())
     }
     fn len(&self) -> Result<u64> {
-        Ok(self.0.lock().len() as u64)
+        Ok(self.0.lock().len)
     }
     fn set_len(&self, len: u64) -> Result<()> {
-        self.0.lock().resize(len as usize, 0);
+        let mut data = self.0.lock();
+        data.bytes.truncate(len as usize);
+        data.len = len;
         Ok(())
     }
     fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.lock()[offset as usize..(offset + len) as usize].fill(0);
+        self.0.lock().range(offset, len as usize).fill(0);
         Ok(())
     }
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.punch_hole(offset, len)
     }
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let bytes = self.0.lock();
-        let zero = bytes[offset as usize] == 0;
-        let run =
-            bytes[offset as usize..(offset + len) as usize].iter().take_while(|byte| (**byte == 0) == zero).count();
-        Ok(BlockStatus { len: run as u64, zero })
+        let data = self.0.lock();
+        let there = data.bytes.get(offset as usize..).unwrap_or_default();
+        let there = &there[..there.len().min(len as usize)];
+        let zero = there.first().is_none_or(|byte| *byte == 0);
+        let run = there.iter().take_while(|byte| (**byte == 0) == zero).count();
+        let to_the_end = zero && run == there.len();
+        Ok(BlockStatus { len: if to_the_end { len } else { run as u64 }, zero })
     }
     fn stamp(&self) -> Result<Stamp> {
         Ok(Stamp { dev: 0, ino: 1, size: self.len()?, mtime_ns: 0, ctime_ns: 0 })
@@ -200,6 +261,8 @@ impl Storage for Bytes {
 #[derive(Debug)]
 struct WatchedFile {
     inner: SharedStorage,
+    /// What a kill does not tear.
+    unit: u64,
     camera: Arc<Camera>,
 }
 
@@ -217,7 +280,8 @@ impl Storage for WatchedFile {
         self.inner.read_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let (first, rest) = buf.split_at(buf.len() / 2);
+        let half = offset + buf.len() as u64 / 2;
+        let (first, rest) = buf.split_at((half - half % self.unit).saturating_sub(offset) as usize);
         self.change(|| {
             self.inner.write_at(first, offset)?;
             self.camera.moment();
@@ -259,7 +323,7 @@ struct WatchedDir {
 
 impl WatchedDir {
     fn watched(&self, file: SharedStorage) -> SharedStorage {
-        Arc::new(WatchedFile { inner: file, camera: self.camera.clone() })
+        Arc::new(WatchedFile { inner: file, unit: 1, camera: self.camera.clone() })
     }
 }
 

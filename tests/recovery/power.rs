@@ -81,20 +81,20 @@ fn words_that_vanish_without_a_reboot_count_as_a_power_loss() {
 
 /// What a power loss at some moment may leave is chosen from this.
 #[derive(Debug, Default)]
-struct Moments {
-    disk: CrashDisk,
-    taken: Mutex<Vec<CrashDisk>>,
+pub struct Moments {
+    pub disk: CrashDisk,
+    pub taken: Mutex<Vec<CrashDisk>>,
 }
 
 /// Passes calls on, and keeps the disk as it is before each change.
 #[derive(Debug)]
-struct Watched<T: ?Sized> {
-    inner: Arc<T>,
-    moments: Arc<Moments>,
+pub struct Watched<T: ?Sized> {
+    pub inner: Arc<T>,
+    pub moments: Arc<Moments>,
 }
 
 impl Moments {
-    fn take(&self) {
+    pub fn take(&self) {
         let mut taken = self.taken.lock().unwrap();
         taken.push(self.disk.kill());
     }

@@ -25,8 +25,11 @@ pub struct Directory {
     pub size: u64,
     /// Oldest first; the last one records.
     pub checkpoints: Vec<CheckpointEntry>,
-    /// Bitmaps of users.
-    pub bitmaps: Vec<BitmapEntry>,
+    /// Bitmaps of users, by their names.
+    pub bitmaps: Vec<UserBitmap>,
+    /// What the image itself keeps for us, where its format can.
+    #[serde(default)]
+    pub in_image: InImage,
     /// In no particular order; one a name.
     pub consumers: Vec<ConsumerEntry>,
     /// Oldest first.
@@ -86,6 +89,41 @@ pub struct BitmapEntry {
     /// Bytes that the bits mark, as counted when they were saved.
     #[serde(default)]
     pub dirty: u64,
+}
+
+/// A bitmap that a user made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserBitmap {
+    /// The user's name for it.
+    pub name: String,
+    /// What it is doing.
+    pub state: UserBitmapState,
+    /// Where its bits are: beside the recording ones in memory, in an area, or else in the image.
+    pub bitmap: BitmapEntry,
+}
+
+/// What a user's bitmap is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UserBitmapState {
+    /// Writes are marked in it.
+    Recording,
+    /// It does not change.
+    Disabled,
+    /// Its bits are lost; it can only be removed.
+    Inconsistent,
+}
+
+/// What an image keeps for us.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InImage {
+    /// The mark that the image may bear instead of the session's: since a clean close, and until the next session has
+    /// begun.
+    pub mark: Option<Uuid>,
+    /// What then told a change of what lies below the image.
+    pub backing: Option<String>,
+    /// Names under which bitmaps of checkpoints may be in the image.
+    pub checkpoints: Vec<String>,
 }
 
 /// A named reader of changes.
@@ -185,6 +223,7 @@ impl Directory {
             size,
             checkpoints: Vec::new(),
             bitmaps: Vec::new(),
+            in_image: InImage::default(),
             consumers: Vec::new(),
             layers: Vec::new(),
             prepared: None,
@@ -200,7 +239,7 @@ impl Directory {
             _ => None,
         };
         let checkpoints = self.checkpoints.iter().map(|checkpoint| &checkpoint.bitmap);
-        checkpoints.chain(&self.bitmaps).chain(prepared)
+        checkpoints.chain(self.bitmaps.iter().map(|user| &user.bitmap)).chain(prepared)
     }
 
     /// [`Directory::all_bitmaps`], to change them.
@@ -210,7 +249,7 @@ impl Directory {
             _ => None,
         };
         let checkpoints = self.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap);
-        checkpoints.chain(&mut self.bitmaps).chain(prepared)
+        checkpoints.chain(self.bitmaps.iter_mut().map(|user| &mut user.bitmap)).chain(prepared)
     }
 
     /// Every area that is named.

@@ -30,8 +30,8 @@ mod tests;
 
 pub use areas::Area;
 pub use directory::{
-    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, Prepared, PreparedAction,
-    SnapshotEntry,
+    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Prepared,
+    PreparedAction, SnapshotEntry, UserBitmap, UserBitmapState,
 };
 pub use superblock::{State, Superblock, region_size_for};
 

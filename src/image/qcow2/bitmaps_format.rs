@@ -11,27 +11,28 @@ use super::refcount::read_table;
 use super::tables::HostOffset;
 use crate::bitmap::bits::Bits;
 use crate::error::{Error, Result, errno};
+use crate::image::persistent::BITS_MAX_BYTES;
 use crate::storage::Storage;
 use crate::sync::atomic::Ordering;
 use std::collections::HashSet;
 
 /// Most bitmaps of an image.
-const COUNT_MAX: u32 = 65_535;
+pub(super) const COUNT_MAX: u32 = 65_535;
 /// Largest directory in bytes.
-const DIRECTORY_MAX_BYTES: u64 = 64 << 20;
+pub(super) const DIRECTORY_MAX_BYTES: u64 = 64 << 20;
 /// Bytes of a directory entry before its extra data and name.
-const FIXED_BYTES: usize = 24;
+pub(super) const FIXED_BYTES: usize = 24;
 /// Granularities, as powers of two.
-const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+pub(super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// Longest name in bytes.
-const NAME_MAX_BYTES: usize = 1023;
-/// Most bytes of bits of one bitmap.
-const DATA_MAX_BYTES: u64 = 512 << 20;
+pub(super) const NAME_MAX_BYTES: usize = 1023;
+/// Type of a bitmap, the only one there is.
+const DIRTY_TRACKING: u8 = 1;
 /// Bits of a table entry that are an offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Bits of an entry's flags.
-mod flag {
+pub(super) mod flag {
     pub const IN_USE: u32 = 1 << 0;
     pub const AUTO: u32 = 1 << 1;
     pub const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
@@ -78,7 +79,7 @@ pub enum Piece {
     Stored(HostOffset),
 }
 
-fn bad(what: impl std::fmt::Display, why: impl Into<String>) -> Error {
+pub(super) fn bad(what: impl std::fmt::Display, why: impl Into<String>) -> Error {
     Error::new(errno::EINVAL, format!("qcow2 bitmaps: {what}"), why)
 }
 
@@ -114,9 +115,32 @@ impl Entry {
         self.flags & flag::AUTO != 0
     }
 
+    /// The entry as it is when the bitmap is no longer in use.
+    pub fn released(&self) -> Entry {
+        Entry { flags: self.flags & !flag::IN_USE, ..self.clone() }
+    }
+
     /// Bytes of the disk that one bit stands for.
     pub fn granularity_bytes(&self) -> u64 {
         1 << self.granularity_bits
+    }
+
+    /// Bytes that the entry takes in the directory.
+    pub fn len_bytes(&self) -> usize {
+        (FIXED_BYTES + self.extra.len() + self.name.len()).next_multiple_of(8)
+    }
+
+    /// Appends the entry as it stands in the directory.
+    pub(super) fn encode(&self, directory: &mut Vec<u8>) {
+        directory.extend_from_slice(&self.table_offset.0.to_be_bytes());
+        directory.extend_from_slice(&self.table_entries.to_be_bytes());
+        directory.extend_from_slice(&self.flags.to_be_bytes());
+        directory.extend_from_slice(&[DIRTY_TRACKING, self.granularity_bits]);
+        directory.extend_from_slice(&(self.name.len() as u16).to_be_bytes());
+        directory.extend_from_slice(&(self.extra.len() as u32).to_be_bytes());
+        directory.extend_from_slice(&self.extra);
+        directory.extend_from_slice(self.name.as_bytes());
+        directory.resize(directory.len().next_multiple_of(8), 0);
     }
 
     /// Why the bits cannot be used, where they cannot.
@@ -132,7 +156,7 @@ impl Entry {
             Some(format!("unknown flags {:#x}", self.flags & !known))
         } else if !self.extra.is_empty() && self.flags & flag::EXTRA_DATA_COMPATIBLE == 0 {
             Some("it has extra data of an unknown kind".into())
-        } else if bytes > DATA_MAX_BYTES {
+        } else if bytes > BITS_MAX_BYTES {
             Some("its bits take more than 512 MiB".into())
         } else if needed != u64::from(self.table_entries) {
             Some(format!("its table has {} entries, but the disk needs {needed}", self.table_entries))
@@ -260,7 +284,7 @@ fn parse_entry(raw: &[u8], header: &Header) -> std::result::Result<(Entry, usize
         return Err(format!("a name of {name_bytes} bytes, not 1 to {NAME_MAX_BYTES} without NUL"));
     }
     let name = String::from_utf8(name.to_vec()).map_err(|_| "the name is not UTF-8".to_owned())?;
-    if kind != 1 {
+    if kind != DIRTY_TRACKING {
         return Err(format!("'{}': type {kind} is unknown", name.escape_debug()));
     }
     if !GRANULARITY_BITS.contains(&granularity_bits) {

@@ -19,6 +19,10 @@ pub const BITMAPS: u32 = 0x2385_2875;
 pub const ENCRYPTION: u32 = 0x0537_be77;
 /// Name of the external data file.
 pub const DATA_FILE: u32 = 0x4441_5441;
+/// Our mark: a UUID, see `image::persistent`.
+pub const MARK: u32 = 0x666c_6565;
+/// Nothing: room that a header was being moved out of when the power failed. Only this program makes it.
+pub const FILLER: u32 = 0x666c_6666;
 
 /// Most bytes of the names that extensions hold.
 const NAME_MAX_BYTES: usize = 1023;
@@ -119,6 +123,36 @@ impl Extensions {
         Ok(())
     }
 
+    /// Bytes that the extensions take, without an end marker.
+    pub fn len_bytes(&self) -> usize {
+        self.all.iter().map(|extension| 8 + extension.data.len().next_multiple_of(8)).sum()
+    }
+
+    /// The extensions as they stand in the file, each with its padding, without an end marker.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.len_bytes());
+        for extension in &self.all {
+            bytes.extend_from_slice(&extension.kind.to_be_bytes());
+            bytes.extend_from_slice(&(extension.data.len() as u32).to_be_bytes());
+            bytes.extend_from_slice(&extension.data);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        }
+        bytes
+    }
+
+    /// Gives the extension of a type this data, in its place where it stands already.
+    pub fn set(&mut self, kind: u32, data: Vec<u8>) {
+        match self.all.iter_mut().find(|extension| extension.kind == kind) {
+            Some(extension) => extension.data = data,
+            None => self.all.push(Extension { kind, data }),
+        }
+    }
+
+    /// Removes all extensions of a type.
+    pub fn remove(&mut self, kind: u32) {
+        self.all.retain(|extension| extension.kind != kind);
+    }
+
     /// The data of the first extension of a type.
     pub fn find(&self, kind: u32) -> Option<&[u8]> {
         self.all.iter().find(|extension| extension.kind == kind).map(|extension| extension.data.as_slice())
@@ -142,6 +176,15 @@ impl Extensions {
             directory_bytes: be64(data, 8),
             directory_offset: be64(data, 16),
         })
+    }
+
+    /// Makes this the bitmaps extension.
+    pub fn set_bitmaps(&mut self, bitmaps: BitmapsExtension) {
+        let mut data = bitmaps.count.to_be_bytes().to_vec();
+        data.extend_from_slice(&bitmaps.reserved.to_be_bytes());
+        data.extend_from_slice(&bitmaps.directory_bytes.to_be_bytes());
+        data.extend_from_slice(&bitmaps.directory_offset.to_be_bytes());
+        self.set(BITMAPS, data);
     }
 
     /// What the feature name table calls a bit of `incompatible_features`.

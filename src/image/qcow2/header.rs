@@ -60,6 +60,10 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1 << 0;
     /// The external data file is a raw image by itself.
     pub const RAW_DATA_FILE: u64 = 1 << 1;
+    /// This program's own, next to its extension: no other program has opened the image for writing since.
+    pub const FLEECEFS: u64 = 1 << 63;
+    /// All that this program knows.
+    pub const KNOWN: u64 = BITMAPS | RAW_DATA_FILE | FLEECEFS;
 }
 
 /// How compressed clusters are compressed (`compression_type`).

@@ -16,6 +16,8 @@
 //! | [`session`], [`alloc`] | what a read-write open keeps: the marks in the header, and who may have which cluster |
 //! | [`refcount`] | how refcounts are stored, and references counted |
 //! | [`snapshot_table`], [`bitmaps_format`] | the directories of snapshots and bitmaps as a check reads them, entry by entry |
+//! | [`header_write`] | the header, changed as a whole |
+//! | [`bitmaps`], `bitmaps_store`, `persistent` | persistent bitmaps, as they are changed, and as the core uses them |
 //! | [`check`] | compares what the image says of itself with what is there, and repairs it |
 //!
 //! Strictness: an image is opened only if its header and snapshot table keep every rule; an L1 or L2 entry that breaks
@@ -26,6 +28,7 @@
 //! answered. What a power loss may leave is the matter of `write` (guest data and L2 entries), [`session`] (refcounts)
 //! and `resize`.
 
+use self::bitmaps_format::Directory;
 use self::compressed::Decompressor;
 use self::header::Header;
 use self::host::HostFile;
@@ -33,6 +36,7 @@ use self::mapping::{CACHE_BYTES, Mapping, Run, Source};
 use self::session::Session;
 use self::snapshots::Snapshot;
 use self::write::Writer;
+use super::persistent::PersistentBitmaps;
 use super::raw::RawImage;
 use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
@@ -43,15 +47,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub mod alloc;
+pub mod bitmaps;
 pub mod bitmaps_format;
+mod bitmaps_store;
 mod chain;
 pub mod check;
 pub mod compressed;
 pub mod extensions;
 pub mod files;
 pub mod header;
+pub mod header_write;
 pub mod host;
 pub mod mapping;
+mod persistent;
 mod prepare;
 pub mod range_lock;
 pub mod refcount;
@@ -60,6 +68,8 @@ pub mod session;
 pub mod snapshot_table;
 pub mod snapshots;
 pub mod tables;
+#[cfg(test)]
+mod test_cuts;
 #[cfg(test)]
 mod test_image;
 mod write;
@@ -101,6 +111,8 @@ pub struct Qcow2Image {
     backing: Option<Arc<dyn Image>>,
     /// Where the image may be changed.
     writer: Option<Writer>,
+    /// Whether who opened it for writing keeps its persistent bitmaps.
+    keeps_bitmaps: bool,
     /// The stamp before anything was changed.
     found: Stamp,
 }
@@ -146,7 +158,7 @@ impl Qcow2Image {
             }
         };
         let files = prepare::read(RawImage::over(parts.file.clone(), read_only)?, open_data)?;
-        Qcow2Image::new(prepare::prepare(files)?, parts.backing, options)
+        Qcow2Image::new(prepare::prepare(files, options.keeps_bitmaps)?, parts.backing, options)
     }
 
     /// An image of checked parts; of the internal snapshot with an ID or name, where one is given.
@@ -167,12 +179,30 @@ impl Qcow2Image {
             None
         } else {
             prepare::note_tables(&file, &mapping, &header)?;
+            if header.autoclear_features & header::autoclear::BITMAPS != 0
+                && let Some(directory) = Directory::read(&*file, &header)?
+            {
+                file.reserve("the bitmap directory", directory.offset, directory.bytes, header.cluster_size())?;
+            }
             Some(Writer::new(Session::new(file.clone(), &header, keep_bytes)?))
         };
         let below = backing.as_ref().map(|backing| backing.found_stamp()).transpose()?;
         let found = found.with_others(size, below.as_slice(), &[]);
         let (size, data) = (AtomicU64::new(size), data.map(Arc::new));
-        Ok(Qcow2Image { header, size, mapping, decompressor, snapshots, file, data, backing, writer, found })
+        let keeps_bitmaps = options.keeps_bitmaps && header.version >= 3;
+        Ok(Qcow2Image {
+            header,
+            size,
+            mapping,
+            decompressor,
+            snapshots,
+            file,
+            data,
+            backing,
+            writer,
+            keeps_bitmaps,
+            found,
+        })
     }
 
     /// The header.
@@ -327,6 +357,10 @@ impl Image for Qcow2Image {
 
     fn found_stamp(&self) -> Result<Stamp> {
         Ok(self.found.clone())
+    }
+
+    fn persistent(&self) -> Option<&dyn PersistentBitmaps> {
+        if self.keeps_bitmaps && self.writer.is_some() { Some(self) } else { None }
     }
 
     fn format(&self) -> Format {

@@ -5,6 +5,8 @@
 //! cleared; what an earlier kill left in the page cache is made durable.
 
 use super::Files;
+use super::bitmaps;
+use super::bitmaps_format::Directory;
 use super::check::{Repair, repair};
 use super::header::{Header, autoclear};
 use super::host::HostFile;
@@ -28,6 +30,9 @@ pub(super) fn read(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Op
     let header = read_header(&plain)?;
     if !plain.image.read_only() {
         refuse_corrupt(&plain, &header)?;
+        if header.autoclear_features & autoclear::BITMAPS != 0 {
+            Directory::read(&plain, &header)?;
+        }
     }
     let data = open_data(&header)?.map(HostFile::of_data);
     let found = own_stamp(&plain, data.as_ref())?;
@@ -36,8 +41,8 @@ pub(super) fn read(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Op
 }
 
 /// Makes an image ready to be changed, where it was opened for that. Everything below it is open, so that an image that
-/// is refused has not been touched.
-pub(super) fn prepare(files: Files) -> Result<Files> {
+/// is refused has not been touched. With `keeps_bitmaps` the persistent bitmaps stay; else they become inconsistent.
+pub(super) fn prepare(files: Files, keeps_bitmaps: bool) -> Result<Files> {
     let Files { mut header, file, data, found, mut keep_bytes } = files;
     let plain = HostFile::of_data(file.image);
     if !plain.image.read_only() {
@@ -52,7 +57,11 @@ pub(super) fn prepare(files: Files) -> Result<Files> {
             keep_bytes = if header.is_dirty() { 0 } else { keep_bytes };
             header = read_header(&plain)?;
         }
-        clear_unknown(&plain, &mut header)?;
+        if keeps_bitmaps {
+            header = bitmaps::settle(&plain)?;
+        } else {
+            clear_unknown(&plain, &mut header)?;
+        }
         plain.sync()?;
     }
     Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
@@ -93,7 +102,7 @@ fn refuse_corrupt(file: &HostFile, header: &Header) -> Result<()> {
 }
 
 fn clear_unknown(file: &HostFile, header: &mut Header) -> Result<()> {
-    // What the bitmaps record would miss our writes.
+    // What the bitmaps record would miss our writes, and our mark would vouch for them.
     let kept = header.autoclear_features & autoclear::RAW_DATA_FILE;
     if kept != header.autoclear_features {
         file.write_at(&kept.to_be_bytes(), AUTOCLEAR_AT)?;

@@ -7,11 +7,13 @@
 //! looks for leaks.
 
 use super::alloc::{Allocator, Freed, set_dirty};
+use super::bitmaps;
 use super::header::Header;
 use super::host::HostFile;
 use super::refcount::{Place, Width};
 use super::tables::{CompressedAt, HostOffset};
 use crate::error::{Error, Result, errno};
+use crate::image::persistent::Change;
 use crate::storage::Storage;
 use std::ops::Range;
 use std::sync::Arc;
@@ -186,6 +188,17 @@ impl Session {
             self.marked = true;
         }
         Ok(())
+    }
+
+    /// Changes the persistent bitmaps, see [`bitmaps::change`]; gives the header as it is then.
+    pub fn change_bitmaps(&mut self, changes: &[Change<'_>]) -> Result<Header> {
+        self.begin()?;
+        let changed = bitmaps::change(&*self.file, &mut self.alloc, changes);
+        self.fresh_from = self.fresh_from.max(self.alloc.end());
+        self.note_blocks();
+        // Where the header was reached, the clusters of either set are nobody's.
+        self.leaks |= changed.is_err();
+        changed
     }
 
     fn note_blocks(&mut self) {

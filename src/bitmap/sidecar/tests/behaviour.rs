@@ -54,12 +54,12 @@ fn directories_that_cannot_be_right_are_refused() {
     };
     refused(&|d| d.disk = Uuid::nil());
     refused(&|d| d.size = 33 << 30);
-    refused(&|d| d.bitmaps = vec![BitmapEntry { granularity: 3, ..good.clone() }]);
-    refused(&|d| d.bitmaps = vec![BitmapEntry { size: u64::MAX, ..good.clone() }]);
-    refused(&|d| d.bitmaps = vec![BitmapEntry { size: good.size + 1, ..good.clone() }]);
-    refused(&|d| d.bitmaps = vec![entry(1, Area { offset: other.end(), len: PAGE }, None)]);
-    refused(&|d| d.bitmaps = vec![entry(1, Area { len: PAGE, ..other }, None)]);
-    refused(&|d| d.bitmaps = vec![entry(1, area, None), entry(2, area, None)]);
+    refused(&|d| d.bitmaps = vec![user(BitmapEntry { granularity: 3, ..good.clone() })]);
+    refused(&|d| d.bitmaps = vec![user(BitmapEntry { size: u64::MAX, ..good.clone() })]);
+    refused(&|d| d.bitmaps = vec![user(BitmapEntry { size: good.size + 1, ..good.clone() })]);
+    refused(&|d| d.bitmaps = vec![user(entry(1, Area { offset: other.end(), len: PAGE }, None))]);
+    refused(&|d| d.bitmaps = vec![user(entry(1, Area { len: PAGE, ..other }, None))]);
+    refused(&|d| d.bitmaps = vec![user(entry(1, area, None)), user(entry(2, area, None))]);
     assert_eq!((disk.events(), sidecar.directory().as_ref()), (events, &empty()));
     let superblock = sidecar.superblock();
     for bad in [
@@ -68,7 +68,7 @@ fn directories_that_cannot_be_right_are_refused() {
     ] {
         assert_eq!(sidecar.set_superblock(bad).unwrap_err().errno(), errno::EINVAL);
     }
-    let named = Directory { bitmaps: vec![good], ..empty() };
+    let named = Directory { bitmaps: vec![user(good)], ..empty() };
     assert_eq!(Sidecar::create(Disk::default().shared(), named).unwrap_err().errno(), errno::EINVAL);
 }
 
@@ -173,7 +173,7 @@ fn an_area_is_freed_when_its_last_reader_is_gone() {
     let area = sidecar.allocate(PAGE).unwrap();
     let crc = sidecar.write_bits(&area, &bits(&area, &[1, 2])).unwrap();
     let add = |directory: &mut Directory| {
-        directory.bitmaps.push(entry(1, area, Some(crc)));
+        directory.bitmaps.push(user(entry(1, area, Some(crc))));
         Ok(())
     };
     sidecar.commit(add).unwrap();
@@ -221,7 +221,7 @@ fn space_that_nobody_names_is_given_back_after_reopening() {
         sidecar.write_bits(area, &bits(area, &[7])).unwrap();
     }
     let keep = |directory: &mut Directory| {
-        directory.bitmaps.push(entry(1, areas[1], None));
+        directory.bitmaps.push(user(entry(1, areas[1], None)));
         Ok(())
     };
     sidecar.commit(keep).unwrap();
@@ -308,7 +308,7 @@ fn bits_that_a_failed_sync_may_have_lost_are_never_vouched_for() {
     let fine_crc = sidecar.write_bits(&fine, &bits(&fine, &[4])).unwrap();
     let name = |number, area, crc| {
         move |directory: &mut Directory| {
-            directory.bitmaps.push(entry(number, area, Some(crc)));
+            directory.bitmaps.push(user(entry(number, area, Some(crc))));
             Ok(())
         }
     };

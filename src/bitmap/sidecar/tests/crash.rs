@@ -149,7 +149,7 @@ impl History {
             self.content.insert(uuid, content);
             let bitmap = entry(uuid.as_u128(), area, sealed.then_some(crc));
             let mut next = self.directory.clone();
-            next.bitmaps.push(bitmap);
+            next.bitmaps.push(user(bitmap));
             self.commit(next)
         });
         if !named {
@@ -177,7 +177,7 @@ impl History {
     /// More bits in a recording bitmap, in place.
     fn grow(&mut self) {
         let recording: Vec<BitmapEntry> =
-            self.directory.bitmaps.iter().filter(|bitmap| bitmap.crc.is_none()).cloned().collect();
+            self.directory.all_bitmaps().filter(|bitmap| bitmap.crc.is_none()).cloned().collect();
         let Some(bitmap) = recording.last() else { return };
         let area = bitmap.area.unwrap();
         let more = [(); 4].map(|()| self.random.below(area.len * 8));
@@ -332,7 +332,7 @@ fn a_length_that_was_not_synced_loses_nothing_that_counts() {
     let area = sidecar.allocate(PAGE).unwrap();
     let crc = sidecar.write_bits(&area, &bits(&area, &[9])).unwrap();
     let name = |directory: &mut Directory| {
-        directory.bitmaps.push(entry(1, area, Some(crc)));
+        directory.bitmaps.push(user(entry(1, area, Some(crc))));
         Ok(())
     };
     sidecar.commit(name).unwrap();
@@ -341,6 +341,6 @@ fn a_length_that_was_not_synced_loses_nothing_that_counts() {
     for seed in 0..50 {
         let survivor = crash.survivors(seed).open("dirty.log").unwrap();
         let opened = Sidecar::open(survivor.shared()).unwrap();
-        assert_eq!(bits_of(&opened, &opened.directory().bitmaps[0]), BTreeSet::from([9]));
+        assert_eq!(bits_of(&opened, &opened.directory().bitmaps[0].bitmap), BTreeSet::from([9]));
     }
 }

@@ -12,7 +12,7 @@ fn image() -> Vec<u8> {
     let (disk, sidecar) = fresh();
     let area = sidecar.allocate(PAGE).unwrap();
     let add = |directory: &mut Directory| {
-        directory.bitmaps.push(entry(1, area, None));
+        directory.bitmaps.push(user(entry(1, area, None)));
         Ok(())
     };
     sidecar.commit(add).unwrap();
@@ -145,13 +145,13 @@ fn areas_that_cannot_be_right_make_their_bitmap_everything() {
         let mut directory = empty();
         for (number, area) in (10..).zip(areas.iter().chain([&far])) {
             let size = if area == &far { PAGE * 8 * 512 } else { 1 << 20 };
-            directory.bitmaps.push(BitmapEntry { size, ..entry(number, *area, Some(1)) });
+            directory.bitmaps.push(user(BitmapEntry { size, ..entry(number, *area, Some(1)) }));
         }
         let opened = Sidecar::open(with_text(&directory.to_text().unwrap())).unwrap();
         let found = opened.directory();
         let (last, faulty) = found.bitmaps.split_last().unwrap();
-        assert_eq!((last.area, &last.everything), (Some(far), &None));
-        for bitmap in faulty {
+        assert_eq!((last.bitmap.area, &last.bitmap.everything), (Some(far), &None));
+        for UserBitmap { bitmap, .. } in faulty {
             assert_eq!((bitmap.area, bitmap.crc), (None, None), "{areas:?}");
             assert!(bitmap.everything.as_ref().unwrap().contains("damaged"));
         }
@@ -165,12 +165,12 @@ fn an_area_too_short_for_its_bitmap_makes_it_everything() {
     let mut directory = empty();
     let area = Area { offset: AREAS_START, len: PAGE };
     let size = crate::units::MAX_DISK_BYTES;
-    directory.bitmaps = vec![BitmapEntry { size, ..entry(1, area, None) }];
+    directory.bitmaps = vec![user(BitmapEntry { size, ..entry(1, area, None) })];
     let opened = Sidecar::open(with_text(&directory.to_text().unwrap())).unwrap();
-    assert!(opened.directory().bitmaps[0].everything.as_ref().unwrap().contains("too short"));
-    directory.bitmaps[0].granularity = 3;
+    assert!(opened.directory().bitmaps[0].bitmap.everything.as_ref().unwrap().contains("too short"));
+    directory.bitmaps[0].bitmap.granularity = 3;
     let e = refused(with_text(&directory.to_text().unwrap()));
-    assert!(e.to_string().contains(&directory.bitmaps[0].uuid.to_string()), "{e}");
+    assert!(e.to_string().contains(&directory.bitmaps[0].bitmap.uuid.to_string()), "{e}");
 }
 
 #[test]
@@ -304,15 +304,18 @@ fn any_directory() -> impl Strategy<Value = Directory> {
         .prop_map(|(transaction, coordinator, disks, action)| Prepared { transaction, coordinator, disks, action });
     let lists = (
         proptest::collection::vec(checkpoint(), few.clone()),
-        proptest::collection::vec(bitmap(), few.clone()),
+        proptest::collection::vec(bitmap().prop_map(user), few.clone()),
         proptest::collection::vec(consumer(), few.clone()),
         proptest::collection::vec(layer(), few.clone()),
         proptest::collection::vec(uuid(), few),
     );
-    (lists, option(prepared), any::<u64>()).prop_map(
-        |((checkpoints, bitmaps, consumers, layers, committed), prepared, next_layer)| Directory {
+    let in_image = (option(uuid()), option(name()), proptest::collection::vec(name(), 0..3usize))
+        .prop_map(|(mark, backing, checkpoints)| InImage { mark, backing, checkpoints });
+    (lists, option(prepared), any::<u64>(), in_image).prop_map(
+        |((checkpoints, bitmaps, consumers, layers, committed), prepared, next_layer, in_image)| Directory {
             checkpoints,
             bitmaps,
+            in_image,
             consumers,
             layers,
             prepared,

@@ -22,7 +22,12 @@ fn fresh() -> (Disk, Sidecar) {
     (disk, sidecar)
 }
 
-/// A user's bitmap of 512-byte granules that just fill `area`.
+/// A user's bitmap with these bits.
+fn user(bitmap: BitmapEntry) -> UserBitmap {
+    UserBitmap { name: bitmap.uuid.to_string(), state: UserBitmapState::Recording, bitmap }
+}
+
+/// The bits of a user's bitmap, of 512-byte granules that just fill `area`.
 fn entry(number: u128, area: Area, crc: Option<u32>) -> BitmapEntry {
     BitmapEntry {
         uuid: Uuid::from_u128(number),

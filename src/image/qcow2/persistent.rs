@@ -1,0 +1,124 @@
+//! An image's persistent bitmaps and our mark, as the core uses them.
+//!
+//! The mark is a UUID in an extension of our own, which other programs keep, and an autoclear bit of our own, which
+//! whatever opens the image for writing clears. In an image whose first cluster has no room for the extension there is
+//! none.
+
+use super::Qcow2Image;
+use super::bitmaps::mark_in_use;
+use super::bitmaps_format::{Directory, Entry};
+use super::extensions::MARK;
+use super::header::{Header, autoclear};
+use super::tables::HostOffset;
+use super::write::Writer;
+use super::{header_write, read_header};
+use crate::error::{Error, Result, errno};
+use crate::image::persistent::{Change, Mark, PersistentBitmaps, StoredBitmap, Trust};
+use crate::storage::{Stamp, Storage};
+use crate::sync::atomic::Ordering;
+use uuid::Uuid;
+
+impl Qcow2Image {
+    fn bitmap_writer(&self) -> Result<&Writer> {
+        self.writer("bitmaps", 0, 0)
+    }
+
+    /// The header and the directory as they are in the file; the caller holds the session.
+    fn bitmap_directory(&self) -> Result<(Header, Option<Directory>)> {
+        let header = read_header(&*self.file)?;
+        let directory = Directory::read(&*self.file, &header)?;
+        Ok((header, directory))
+    }
+
+    /// Entries of tables must not point into the directory of bitmaps.
+    fn move_directory(&self, old: &Header, new: &Header) -> Result<()> {
+        let place =
+            |header: &Header| header.extensions.bitmaps().map(|b| (HostOffset(b.directory_offset), b.directory_bytes));
+        if place(old) == place(new) {
+            return Ok(());
+        }
+        if let Some((offset, _)) = place(old) {
+            self.file.forget(offset);
+        }
+        match place(new) {
+            Some((offset, bytes)) => self.file.reserve("the bitmap directory", offset, bytes, new.cluster_size()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts the mark into the header. An image that has no room for it goes without.
+fn set_mark(storage: &dyn Storage, mark: Uuid) -> Result<()> {
+    let set = |header: &mut Header| {
+        header.extensions.set(MARK, mark.as_bytes().to_vec());
+        header.autoclear_features |= autoclear::FLEECEFS;
+    };
+    match header_write::check(storage, set) {
+        Err(e) if e.errno() == errno::ENOSPC => {
+            log::debug!("{e}");
+            Ok(())
+        }
+        checked => checked.and_then(|()| header_write::update(storage, set).map(drop)),
+    }
+}
+
+/// What a change of a file changes.
+fn traits(stamp: Stamp) -> String {
+    format!("{} {} {} {}", stamp.ino, stamp.size, stamp.mtime_ns, stamp.ctime_ns)
+}
+
+fn stored(entry: &Entry, header: &Header, consistent: bool) -> StoredBitmap {
+    let trust = match entry.fault(header, consistent) {
+        None => Trust::Good,
+        Some(_) if consistent && entry.in_use() => Trust::InUse,
+        Some(why) => Trust::Unusable(why),
+    };
+    StoredBitmap { name: entry.name.clone(), granularity: entry.granularity_bytes(), auto: entry.auto(), trust }
+}
+
+impl PersistentBitmaps for Qcow2Image {
+    fn list(&self) -> Result<Vec<StoredBitmap>> {
+        let _session = self.bitmap_writer()?.session.lock();
+        let (header, directory) = self.bitmap_directory()?;
+        let Some(directory) = directory else { return Ok(Vec::new()) };
+        Ok(directory.all.iter().map(|entry| stored(entry, &header, directory.consistent)).collect())
+    }
+
+    fn load(&self, name: &str) -> Result<Vec<u64>> {
+        let _session = self.bitmap_writer()?.session.lock();
+        let (header, directory) = self.bitmap_directory()?;
+        let found = directory.iter().flat_map(|d| &d.all).find(|entry| entry.name == name);
+        let Some(entry) = found else {
+            let what = format!("bitmap '{}'", name.escape_debug());
+            return Err(Error::new(errno::ENOENT, what, "there is none of that name").at_path(self.file.path()));
+        };
+        let bits = entry.released().load(&*self.file, &header, true)?;
+        Ok(bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect())
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        let _session = self.bitmap_writer()?.session.lock();
+        let header = read_header(&*self.file)?;
+        let uuid = header.extensions.find(MARK).and_then(|bytes| Uuid::from_slice(bytes).ok());
+        let intact = header.autoclear_features & autoclear::FLEECEFS != 0;
+        let below = self.backing.as_ref().map(|backing| backing.stamp()).transpose()?.map_or_else(String::new, traits);
+        let backing = header.backing.map(|name| format!("{} {below}", String::from_utf8_lossy(&name.name)));
+        Ok(Mark { uuid, intact, backing })
+    }
+
+    fn begin(&self, mark: Uuid) -> Result<()> {
+        let _session = self.bitmap_writer()?.session.lock();
+        mark_in_use(&*self.file)?;
+        set_mark(&*self.file, mark)
+    }
+
+    fn finish(&self, changes: &[Change<'_>], mark: Uuid) -> Result<()> {
+        let mut session = self.bitmap_writer()?.session.lock();
+        if !changes.is_empty() {
+            let old = read_header(&*self.file)?;
+            let new = session.change_bitmaps(changes)?;
+            self.move_directory(&old, &new)?;
+        }
+        set_mark(&*self.file, mark)
+    }
+}

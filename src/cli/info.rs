@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::image::qcow2::bitmaps_format::{Directory, Entry};
 use crate::image::qcow2::header::{Compression, Encryption, Header, compatible};
 use crate::image::qcow2::look_at_header;
-use crate::image::qcow2::snapshot_table::{Snapshot, SnapshotTable};
+use crate::image::qcow2::snapshots::{Snapshot, SnapshotTable};
 use crate::storage::Storage;
 use crate::units::human_size;
 use clap::Args;
@@ -241,8 +241,8 @@ impl Qcow2Info {
                 snapshot.name.clone(),
                 human_size(snapshot.vm_state_bytes),
                 time_of(snapshot),
-                vm_clock(snapshot.vm_clock_ns),
-                human_size(snapshot.disk_bytes.unwrap_or(self.header.size)),
+                vm_clock(snapshot.guest_clock_ns),
+                human_size(snapshot.disk_size),
             ]);
         }
         if !self.snapshots.is_empty() {
@@ -269,10 +269,10 @@ fn snapshot_json(snapshot: &Snapshot) -> Value {
     object.insert("id".into(), json!(snapshot.id));
     object.insert("name".into(), json!(snapshot.name));
     object.insert("vm-state-size".into(), json!(snapshot.vm_state_bytes));
-    object.insert("date-sec".into(), json!(snapshot.date_s));
-    object.insert("date-nsec".into(), json!(snapshot.date_ns));
-    object.insert("vm-clock-sec".into(), json!(snapshot.vm_clock_ns / 1_000_000_000));
-    object.insert("vm-clock-nsec".into(), json!(snapshot.vm_clock_ns % 1_000_000_000));
+    object.insert("date-sec".into(), json!(snapshot.time_s));
+    object.insert("date-nsec".into(), json!(snapshot.time_ns));
+    object.insert("vm-clock-sec".into(), json!(snapshot.guest_clock_ns / 1_000_000_000));
+    object.insert("vm-clock-nsec".into(), json!(snapshot.guest_clock_ns % 1_000_000_000));
     if let Some(icount) = snapshot.icount {
         object.insert("icount".into(), json!(icount));
     }
@@ -291,7 +291,7 @@ fn bitmap_json(entry: &Entry, header: &Header, consistent: bool) -> Value {
 }
 
 fn time_of(snapshot: &Snapshot) -> String {
-    Timestamp::new(i64::from(snapshot.date_s), 0)
+    Timestamp::new(i64::from(snapshot.time_s), 0)
         .map(|time| time.strftime("%Y-%m-%d %H:%M:%S").to_string())
         .unwrap_or_default()
 }

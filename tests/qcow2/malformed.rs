@@ -2,8 +2,9 @@
 
 use crate::build::*;
 use crate::qemu::*;
+use fleecefs::error::Error;
 use fleecefs::error::errno::{EINVAL, EIO, ELOOP, ENOENT, EOPNOTSUPP, EROFS};
-use fleecefs::image::OpenOptions;
+use fleecefs::image::{Format, OpenOptions};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
@@ -109,6 +110,14 @@ const HEADERS: &[(&str, i32, Break)] = &[
         incompatible(f, 1 << 3);
         f[104] = 2;
     }),
+    ("backing_file_offset: a raw external data file", EINVAL, |f| {
+        incompatible(f, 1 << 2);
+        or64(f, 88, 1 << 1);
+        extension(f, 0, 0);
+        put64(f, 8, 136);
+        put32(f, 16, 4);
+        f[136..140].fill(b'x');
+    }),
     ("nb_snapshots: 1 with an external data file", EINVAL, |f| incompatible(f, 1 << 2)),
     ("autoclear_features: bit 0", EINVAL, |f| put64(f, 88, 1)),
     ("autoclear_features: bit 1", EINVAL, |f| put64(f, 88, 2)),
@@ -126,6 +135,9 @@ const HEADERS: &[(&str, i32, Break)] = &[
     ("extension: backing file format: length 1024", EINVAL, |f| extension(f, 0xE279_2ACA, 1024)),
     ("extension: backing file format: has other", EINVAL, |f| extension(f, 0xE279_2ACA, 3)),
     ("extension: external data file name: has a NUL", EINVAL, |f| extension(f, 0x4441_5441, 3)),
+    ("extension: external data file name: length 0", EINVAL, |f| extension(f, 0x4441_5441, 0)),
+    ("extension: external data file name: length 1024", EINVAL, |f| extension(f, 0x4441_5441, 1024)),
+    ("extension: bitmaps: length 25", EINVAL, |f| extension(f, 0x2385_2875, 25)),
     ("incompatible_features: bit 2", EINVAL, |f| {
         extension(f, 0x4441_5441, 1);
         f[120] = b'x';
@@ -143,7 +155,7 @@ const HEADERS: &[(&str, i32, Break)] = &[
     ("entry 1: ", EINVAL, |f| put32(f, 60, 2)),
     ("entry 0: l1_size: 0 entries", EINVAL, |f| put32(f, SNAPSHOTS * C + 8, 0)),
     ("entry 0: l1_size", EINVAL, |f| put32(f, SNAPSHOTS * C + 8, (4 << 20) + 1)),
-    ("entry 0: l1_size", EINVAL, |f| put64(f, SNAPSHOTS * C + 48, u64::MAX)),
+    ("entry 0: disk_size: 18446744073709551615", EINVAL, |f| put64(f, SNAPSHOTS * C + 48, u64::MAX)),
     ("l1_table_offset: 24577 is not aligned", EINVAL, |f| put64(f, SNAPSHOTS * C, SNAPSHOT_L1 * C + 1)),
     ("l1_table_offset", EINVAL, |f| put64(f, SNAPSHOTS * C, 1 << 62)),
     ("l1_table_offset", EINVAL, |f| put64(f, SNAPSHOTS * C, 0)),
@@ -162,24 +174,111 @@ fn hash(path: &Path) -> Vec<u8> {
     Sha256::digest(std::fs::read(path).unwrap()).to_vec()
 }
 
+/// What is asked for when an image is opened, for reading or for writing.
+fn asked(read_only: bool) -> OpenOptions {
+    OpenOptions { format: Some(Format::Qcow2), read_only, ..Default::default() }
+}
+
+/// The error of an open that must fail, for reading as for writing, without a change of any of `files`.
+#[track_caller]
+fn refused(path: &Path, files: &[&Path], what: &str) -> Vec<Error> {
+    let state = || -> Vec<_> {
+        let of = |path: &&Path| (hash(path), std::fs::metadata(path).unwrap().modified().unwrap());
+        files.iter().map(of).collect()
+    };
+    let before = state();
+    let refuse = |read_only| match fleecefs::image::open(path, &asked(read_only)) {
+        Ok(_) => panic!("{what}: opened, read-only {read_only}"),
+        Err(e) => {
+            assert!(state() == before, "{what}: refused after a change, read-only {read_only}: {e}");
+            e
+        }
+    };
+    [true, false].map(refuse).to_vec()
+}
+
 #[test]
 fn an_image_that_breaks_a_rule_is_refused_by_name_and_not_touched() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
+    // What a read-write open clears in a good image: the dirty bit, and autoclear bits that it does not know.
+    let marks: [Break; 3] = [|_| (), |f| or64(f, 88, 1 << 62), |f| or64(f, 72, 1)];
     for (index, (name, errno, break_it)) in HEADERS.iter().enumerate() {
-        let mut file = Build::small().bytes();
+        for mark in marks {
+            let mut file = Build::small().bytes();
+            mark(&mut file);
+            break_it(&mut file);
+            std::fs::write(&path, &file).unwrap();
+            for e in refused(&path, &[&path], &format!("{index}: {name}")) {
+                assert!(e.to_string().contains(name), "{index}: {name}: {e}");
+                assert_eq!(e.errno(), *errno, "{index}: {name}: {e}");
+                assert!(e.to_string().contains(path.to_str().unwrap()), "{index}: no path: {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_image_whose_chain_is_refused_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let (base, data) = (dir.path().join("base"), dir.path().join("data"));
+    std::fs::write(&data, [7; 512]).unwrap();
+    let external = |name: &str| {
+        let extensions = (!name.is_empty()).then(|| (0x4441_5441, name.as_bytes().to_vec())).into_iter().collect();
+        let mut file = Build { snapshot: false, clusters: vec![], extensions, ..Build::small() }.bytes();
+        incompatible(&mut file, 1 << 2);
+        file
+    };
+    let mut unknown_bit = Build::small().bytes();
+    incompatible(&mut unknown_bit, 1 << 40);
+    let raw_below = |format| Build::overlay("base", format).bytes();
+    let cases: &[(&str, Vec<u8>, Vec<u8>)] = &[
+        ("doesn't record its format", raw_below(None), vec![7; 4096]),
+        ("'vmdk' is not supported", raw_below(Some("vmdk")), vec![7; 4096]),
+        ("unknown bits: 40", raw_below(Some("qcow2")), unknown_bit),
+        ("is in its own backing chain", Build::overlay("image", Some("qcow2")).bytes(), vec![]),
+        ("No such file", Build::overlay("no-such-file", Some("raw")).bytes(), vec![]),
+        ("No such file", external("no-such-file"), vec![]),
+        ("is in its own backing chain", external("image"), vec![]),
+        ("doesn't name its external data file", external(""), vec![]),
+    ];
+    for (why, image, below) in cases {
+        for (at, bit) in [(88, 0), (88, 1 << 62), (72, 1)] {
+            let mut image = image.clone();
+            or64(&mut image, at, bit);
+            std::fs::write(&base, below).unwrap();
+            std::fs::write(&path, &image).unwrap();
+            for e in refused(&path, &[&path, &base, &data], why) {
+                assert!(e.to_string().contains(why), "{why}: {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn refcounts_that_are_not_there_are_refused_for_writing_and_do_not_matter_for_reading() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let breaks: &[(&str, Break)] = &[
+        ("entry 0", |f| put64(f, C, REFCOUNT_BLOCK * C + 512)),
+        ("entry 0", |f| put64(f, C, REFCOUNT_BLOCK * C + 1)),
+        ("entry 0", |f| put64(f, C, 1 << 50)),
+        ("entry 3", |f| put64(f, C + 24, 1 << 40 | 1)),
+        ("entry 1", |f| put64(f, C + 8, REFCOUNT_BLOCK * C)),
+        ("lies in the clusters of l1_table_offset", |f| put64(f, C + 8, L1 * C)),
+        ("lies in the clusters of the L1 table of a snapshot", |f| put64(f, C, SNAPSHOT_L1 * C)),
+    ];
+    for (name, break_it) in breaks {
+        let build = Build::small();
+        let mut file = build.bytes();
+        or64(&mut file, 88, 1 << 62);
         break_it(&mut file);
         std::fs::write(&path, &file).unwrap();
-        let before = (hash(&path), std::fs::metadata(&path).unwrap().modified().unwrap());
-        let asked = OpenOptions { format: Some(fleecefs::image::Format::Qcow2), read_only: true, ..Default::default() };
-        let e = match fleecefs::image::open(&path, &asked) {
-            Ok(_) => panic!("{index}: {name}: opened"),
-            Err(e) => e,
-        };
-        assert!(e.to_string().contains(name), "{index}: {name}: {e}");
-        assert_eq!(e.errno(), *errno, "{index}: {name}: {e}");
-        assert!(e.to_string().contains(path.to_str().unwrap()), "{index}: no path: {e}");
-        assert_eq!((hash(&path), std::fs::metadata(&path).unwrap().modified().unwrap()), before, "{name}");
+        assert_eq!(bytes(&*open(&path).unwrap(), 4096), build.content(0), "{name}");
+        let e = fleecefs::image::open(&path, &asked(false)).unwrap_err();
+        assert!(e.to_string().contains("refcount") && e.to_string().contains(name), "{name}: {e}");
+        assert!(std::fs::read(&path).unwrap() == file, "{name}: touched");
     }
 }
 
@@ -332,13 +431,42 @@ fn what_is_open_for_reading_is_not_changed_and_what_is_corrupt_not_opened_for_wr
 }
 
 #[test]
-fn dirty_and_corrupt_images_are_read() {
+fn what_the_header_has_and_we_do_not_know_is_kept_but_for_autoclear_bits() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
-    for bits in [1, 2, 3] {
+    for snapshot in [true, false] {
+        let mut file = Build { snapshot, ..Build::small() }.bytes();
+        or64(&mut file, 80, u64::MAX);
+        or64(&mut file, 88, u64::MAX << 2);
+        file[105..112].copy_from_slice(b"unknown");
+        std::fs::write(&path, &file).unwrap();
+        let header = || std::fs::read(&path).unwrap()[..C as usize].to_vec();
+        drop(open(&path).unwrap());
+        assert!(std::fs::read(&path).unwrap() == file, "changed by an open for reading");
+        let image = fleecefs::image::open(&path, &asked(false)).unwrap();
+        let mut expected = file[..C as usize].to_vec();
+        put64(&mut expected, 88, 0);
+        assert_eq!(header(), expected, "before the first write");
+        image.write_at(&[5; 5000], 100).unwrap();
+        image.write_zeroes(C, C, true).unwrap();
+        // The L1 table moves.
+        image.resize(600 * C * 512).unwrap();
+        image.close().unwrap();
+        let mut after = header();
+        assert_eq!((get64(&after, 24), get64(&after, 72)), (600 * C * 512, 0));
+        after[24..60].copy_from_slice(&expected[24..60]);
+        assert_eq!(after, expected);
+    }
+}
+
+#[test]
+fn dirty_and_corrupt_images_and_those_with_unknown_harmless_bits_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    for (at, bits) in [(72, 1), (72, 2), (72, 3), (80, 1), (80, u64::MAX), (88, 1 << 63 | 1 << 2)] {
         let build = Build::small();
         let mut file = build.bytes();
-        incompatible(&mut file, bits);
+        or64(&mut file, at, bits);
         std::fs::write(&path, &file).unwrap();
         assert_eq!(bytes(&*open(&path).unwrap(), 4096), build.content(0));
         assert_eq!(std::fs::read(&path).unwrap(), file);

@@ -87,19 +87,22 @@ pub struct Allocator {
 }
 
 impl Allocator {
-    /// Reads where an image's clusters end. Its refcounts are right: a dirty image was repaired before.
+    /// Reads where an image's clusters end. Its refcounts are right: a dirty image was repaired before. EIO where two
+    /// entries of the refcount table share a block, or one is wrong by itself.
     pub fn open(storage: SharedStorage, place: Place) -> Result<Allocator> {
-        let (table, next) = {
-            let mut stored = Stored::open(&*storage, place)?;
-            for index in 0..stored.table().len() as u64 {
-                if stored.block_offset(index).is_err() {
-                    return Err(damaged(&*storage, format!("refcount table, entry {index} is wrong")));
-                }
-            }
-            let next = end_of_used(&mut stored)?;
-            (stored.table().to_vec(), next)
-        };
-        let block_clusters = table.iter().filter(|offset| **offset != 0).map(|o| o >> place.cluster_bits).collect();
+        let stored = Stored::open(&*storage, place)?;
+        let mut block_clusters = BTreeSet::new();
+        for index in 0..stored.table().len() as u64 {
+            let why = match stored.block_offset(index) {
+                Ok(0) => continue,
+                Ok(offset) if block_clusters.insert(offset >> place.cluster_bits) => continue,
+                Ok(offset) => format!("its block at {offset} is another entry's too"),
+                Err(fault) => fault.to_string(),
+            };
+            return Err(damaged(&*storage, format!("refcount table, entry {index}: {why}")));
+        }
+        let next = end_of_used(&*storage, &stored)?;
+        let table = stored.table().to_vec();
         Ok(Allocator {
             storage,
             place,
@@ -455,18 +458,22 @@ impl Allocator {
     }
 }
 
-/// One past the last cluster with a refcount.
-fn end_of_used(stored: &mut Stored<'_>) -> Result<u64> {
-    let per_block = stored.place().per_block();
-    for block in (0..stored.table().len() as u64).rev() {
-        if stored.block_offset(block).unwrap_or(0) == 0 {
+/// One past the last cluster with a refcount. Blocks in holes are not read: a file may be far longer than what is in it.
+fn end_of_used(storage: &dyn Storage, stored: &Stored<'_>) -> Result<u64> {
+    let place = stored.place();
+    let per_byte = (8 / place.width.bits()).max(1) as usize;
+    let mut bytes = vec![0; place.cluster_bytes() as usize];
+    for (block, offset) in stored.table().iter().enumerate().rev().filter(|(_, offset)| **offset != 0) {
+        let status = storage.block_status(*offset, place.cluster_bytes())?;
+        if status.zero && status.len >= place.cluster_bytes() {
             continue;
         }
-        for cluster in (block * per_block..(block + 1) * per_block).rev() {
-            if stored.get(cluster)? > 0 {
-                return Ok(cluster + 1);
-            }
-        }
+        storage.read_at(&mut bytes, *offset)?;
+        let Some(last) = bytes.iter().rposition(|byte| *byte != 0) else { continue };
+        let slot = last * 8 / place.width.bits() as usize;
+        let slots = slot..slot + per_byte;
+        let used = slots.rev().find(|slot| place.width.get(&bytes, *slot as u64) > 0).unwrap_or(slot);
+        return Ok(block as u64 * place.per_block() + used as u64 + 1);
     }
     Ok(0)
 }

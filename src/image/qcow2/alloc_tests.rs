@@ -281,3 +281,39 @@ fn a_lazy_session_that_crashed_is_repaired_from_its_mapping() {
     let report = check(&*file).unwrap();
     assert_eq!((report.corruptions, report.dirty), (0, false), "{:?}", report.findings);
 }
+
+#[test]
+fn a_refcount_table_that_is_wrong_is_refused() {
+    let shape = Shape::new(12, 4, 5);
+    for (entry, why) in [
+        (shape.at(2), "entry 1: its block at 8192 is another entry's too"),
+        (shape.at(3) | 1, "entry 1: has reserved bits set"),
+        (shape.at(3) | 512, "entry 1: is not aligned to a cluster"),
+        (shape.at(1 << 20), "entry 1: points outside the file"),
+    ] {
+        let (file, _) = open(shape);
+        file.write_at(&entry.to_be_bytes(), shape.at(1) + 8).unwrap();
+        let e = Allocator::open(file.shared(), shape.place()).unwrap_err();
+        assert!(e.to_string().contains(why), "{e}");
+    }
+}
+
+/// A block for 16 million clusters each: to look at every refcount of them would take weeks.
+#[test]
+fn the_end_of_what_is_used_is_found_before_any_number_of_blocks_in_holes() {
+    for order in [0, 1, 2, 3, 4, 6] {
+        let shape = Shape::new(21, order, 1);
+        let (file, allocator) = open(shape);
+        let end = allocator.end();
+        assert_eq!(end, shape.end());
+        let table: Vec<u64> = (0..100_000).map(|index| shape.at(if index == 0 { 2 } else { 1000 + index })).collect();
+        file.set_len(shape.at(200_000)).unwrap();
+        file.write_at(&to_bytes(&table), shape.at(1)).unwrap();
+        assert_eq!(Allocator::open(file.shared(), shape.place()).unwrap().end(), end, "order {order}");
+        let mut block = vec![0; 1 << 21];
+        shape.place().width.set(&mut block, 77, 1);
+        file.write_at(&block, shape.at(1000 + 3)).unwrap();
+        let used = 3 * shape.place().per_block() + 78;
+        assert_eq!(Allocator::open(file.shared(), shape.place()).unwrap().end(), used, "order {order}");
+    }
+}

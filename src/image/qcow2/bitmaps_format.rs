@@ -293,6 +293,9 @@ fn parse_entry(raw: &[u8], header: &Header) -> std::result::Result<(Entry, usize
     if table_offset == 0 || !table_offset.is_multiple_of(header.cluster_size()) {
         return Err(format!("'{}': table_offset {table_offset} is not the place of a cluster", name.escape_debug()));
     }
+    if u64::from(table_entries) > BITS_MAX_BYTES / header.cluster_size() {
+        return Err(format!("'{}': table_size {table_entries} stands for more than 512 MiB", name.escape_debug()));
+    }
     if padding.iter().any(|byte| *byte != 0) {
         return Err(format!("'{}': the padding is not 0", name.escape_debug()));
     }

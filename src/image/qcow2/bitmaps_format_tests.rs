@@ -72,9 +72,10 @@ fn bits_lie_least_significant_first_and_end_with_the_disk() {
 fn a_directory_that_breaks_a_rule_is_refused() {
     assert_eq!(read(&entry("b")).unwrap().unwrap().all[0].name, "b");
     type Break = (&'static str, fn(&mut Vec<u8>));
-    let broken: [Break; 10] = [
+    let broken: [Break; 11] = [
         ("table_offset", |raw| raw[7] = 1),
         ("table_offset", |raw| raw[..8].fill(0)),
+        ("table_size 131073 stands for more than 512 MiB", |raw| raw[8..12].copy_from_slice(&131_073u32.to_be_bytes())),
         ("type", |raw| raw[16] = 2),
         ("granularity_bits", |raw| raw[17] = 8),
         ("granularity_bits", |raw| raw[17] = 32),

@@ -92,7 +92,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
             .map_err(|e| e.context(format!("backing file {}", named.display())))?;
         base = Some(Arc::new(image));
     }
-    prepare::prepare(active, options.keeps_bitmaps)?.complete(base, options)
+    prepare::prepare(active)?.complete(base, options)
 }
 
 impl Files {

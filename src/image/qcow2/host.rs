@@ -19,6 +19,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Steps by which an image's file grows: an eighth of its length, within these bytes.
@@ -90,13 +91,23 @@ impl HostFile {
     /// Takes the clusters of an area away from what entries may point to; an error where it lies in other metadata or
     /// ends behind the file.
     pub fn reserve(&self, name: &'static str, offset: HostOffset, bytes: u64, cluster_size: u64) -> Result<()> {
-        self.check(name, offset, bytes)?;
-        let end = offset.0 + bytes.next_multiple_of(cluster_size);
-        self.areas.rcu(|areas| {
-            let mut areas = Areas::clone(areas);
-            areas.insert(offset.0, (end, name));
-            areas
-        });
+        self.reserve_all(name, [(offset, bytes)], cluster_size).map_err(|(_, e)| e)
+    }
+
+    /// [`HostFile::reserve`] for areas of one kind, in one change of the map; the error comes with the area's index, and
+    /// none is taken then. One caller at a time: at open, later who holds the lock of resizes.
+    pub fn reserve_all(
+        &self,
+        name: &'static str,
+        places: impl IntoIterator<Item = (HostOffset, u64)>,
+        cluster_size: u64,
+    ) -> std::result::Result<(), (usize, Error)> {
+        let mut areas = Areas::clone(&self.areas.load());
+        for (index, (offset, bytes)) in places.into_iter().enumerate() {
+            check_in(&areas, self.bytes(), name, offset, bytes).map_err(|e| (index, e))?;
+            areas.insert(offset.0, (offset.0 + bytes.next_multiple_of(cluster_size), name));
+        }
+        self.areas.store(Arc::new(areas));
         Ok(())
     }
 
@@ -116,17 +127,7 @@ impl HostFile {
 
     /// Refuses, with EIO, a target that is not whole in the file or lies in metadata.
     pub fn check(&self, what: &str, offset: HostOffset, bytes: u64) -> Result<()> {
-        let bad =
-            |why: String| Err(Error::new(errno::EIO, "qcow2 image", format!("{what} at host offset {offset} {why}")));
-        let file_bytes = self.bytes();
-        let end = match offset.0.checked_add(bytes) {
-            Some(end) if end <= file_bytes => end,
-            _ => return bad(format!("is not inside the file of {file_bytes} bytes")),
-        };
-        match self.areas.load().range(..end).next_back() {
-            Some((_, (area_end, name))) if *area_end > offset.0 => bad(format!("lies in the clusters of {name}")),
-            _ => Ok(()),
-        }
+        check_in(&self.areas.load(), self.bytes(), what, offset, bytes)
     }
 
     /// Notes the places of L2 tables and refcount blocks.
@@ -181,6 +182,18 @@ impl HostFile {
     /// The part of a range that is in the file.
     fn inside(&self, offset: u64, len: u64) -> u64 {
         self.bytes().saturating_sub(offset).min(len)
+    }
+}
+
+fn check_in(areas: &Areas, file_bytes: u64, what: &str, offset: HostOffset, bytes: u64) -> Result<()> {
+    let bad = |why: String| Err(Error::new(errno::EIO, "qcow2 image", format!("{what} at host offset {offset} {why}")));
+    let end = match offset.0.checked_add(bytes) {
+        Some(end) if end <= file_bytes => end,
+        _ => return bad(format!("is not inside the file of {file_bytes} bytes")),
+    };
+    match areas.range(..end).next_back() {
+        Some((_, (area_end, name))) if *area_end > offset.0 => bad(format!("lies in the clusters of {name}")),
+        _ => Ok(()),
     }
 }
 

@@ -15,7 +15,7 @@
 //! | [`range_lock`] | keeps two changes of one cluster apart |
 //! | [`session`], [`alloc`] | what a read-write open keeps: the marks in the header, and who may have which cluster |
 //! | [`refcount`] | how refcounts are stored, and references counted |
-//! | [`snapshot_table`], [`bitmaps_format`] | the directories of snapshots and bitmaps as a check reads them, entry by entry |
+//! | [`bitmaps_format`] | the directory of persistent bitmaps |
 //! | [`header_write`] | the header, changed as a whole |
 //! | [`bitmaps`], `bitmaps_store`, `persistent` | persistent bitmaps, as they are changed, and as the core uses them |
 //! | [`check`] | compares what the image says of itself with what is there, and repairs it |
@@ -65,7 +65,6 @@ pub mod range_lock;
 pub mod refcount;
 mod resize;
 pub mod session;
-pub mod snapshot_table;
 pub mod snapshots;
 pub mod tables;
 #[cfg(test)]
@@ -158,12 +157,12 @@ impl Qcow2Image {
             }
         };
         let files = prepare::read(RawImage::over(parts.file.clone(), read_only)?, open_data)?;
-        Qcow2Image::new(prepare::prepare(files, options.keeps_bitmaps)?, parts.backing, options)
+        Qcow2Image::new(prepare::prepare(files)?, parts.backing, options)
     }
 
     /// An image of checked parts; of the internal snapshot with an ID or name, where one is given.
     fn new(files: Files, backing: Option<Arc<dyn Image>>, options: &OpenOptions) -> Result<Qcow2Image> {
-        let Files { header, file, data, found, keep_bytes } = files;
+        let Files { mut header, file, data, found, keep_bytes } = files;
         let snapshots = snapshots::read(&header, &file)?;
         let (l1, size) = match options.snapshot.as_deref().map(|name| snapshots::find(&snapshots, name)).transpose()? {
             Some(snapshot) => ((snapshot.l1_table_offset, snapshot.l1_size), snapshot.disk_size),
@@ -179,6 +178,9 @@ impl Qcow2Image {
             None
         } else {
             prepare::note_tables(&file, &mapping, &header)?;
+            // Refuses refcounts that cannot be used, before the first change; what that does may change some.
+            Session::new(file.clone(), &header, keep_bytes)?;
+            prepare::begin(&mut header, &file, data.as_ref(), options.keeps_bitmaps)?;
             if header.autoclear_features & header::autoclear::BITMAPS != 0
                 && let Some(directory) = Directory::read(&*file, &header)?
             {

@@ -1,8 +1,10 @@
 //! From an open file to one whose header is believed; for writing, to one that may be changed.
 //!
-//! Before the first change of a read-write open: a corrupt image is refused; one whose refcounts may be wrong (the dirty
-//! bit, or version 2, which has none) is checked and repaired; autoclear bits that this program does not know are
-//! cleared; what an earlier kill left in the page cache is made durable.
+//! A read-write open changes an image only when nothing can be refused any more: header, internal snapshots, the files
+//! that it names and everything below it are good, its refcounts can be read. Then, in this order: refcounts that may be
+//! wrong (the dirty bit, or version 2, which has none) are checked and repaired ([`prepare`]), which refuses an image
+//! that it cannot cure untouched; autoclear bits that this program does not know are cleared, bitmaps that they do not
+//! vouch for dropped, and what an earlier kill left in the page cache is made durable ([`begin`]).
 
 use super::Files;
 use super::bitmaps;
@@ -12,6 +14,7 @@ use super::header::{Header, autoclear};
 use super::host::HostFile;
 use super::mapping::Mapping;
 use super::read_header;
+use super::snapshots;
 use super::tables::{L1Entry, decode_l1};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
@@ -24,7 +27,7 @@ const AUTOCLEAR_AT: u64 = 88;
 const STAMPED_HEADER_BYTES: u64 = 4096;
 
 /// Reads the header; opens the external data file with `open_data`, which gives one where the header asks for it. Changes
-/// nothing.
+/// nothing. A corrupt image is refused where it is open for writing.
 pub(super) fn read(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Option<RawImage>>) -> Result<Files> {
     let plain = HostFile::of_data(image);
     let header = read_header(&plain)?;
@@ -40,31 +43,39 @@ pub(super) fn read(image: RawImage, open_data: impl FnOnce(&Header) -> Result<Op
     Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
 }
 
-/// Makes an image ready to be changed, where it was opened for that. Everything below it is open, so that an image that
-/// is refused has not been touched. With `keeps_bitmaps` the persistent bitmaps stay; else they become inconsistent.
-pub(super) fn prepare(files: Files, keeps_bitmaps: bool) -> Result<Files> {
-    let Files { mut header, file, data, found, mut keep_bytes } = files;
-    let plain = HostFile::of_data(file.image);
-    if !plain.image.read_only() {
-        if let Some(data) = &data {
-            data.sync()?;
-            if data.bytes() < header.size && !data.image.is_block_device() {
-                data.grow(header.size)?;
-            }
-        }
-        if header.is_dirty() || header.version < 3 {
-            mend(&plain, &header)?;
-            keep_bytes = if header.is_dirty() { 0 } else { keep_bytes };
-            header = read_header(&plain)?;
-        }
-        if keeps_bitmaps {
-            header = bitmaps::settle(&plain)?;
-        } else {
-            clear_unknown(&plain, &mut header)?;
-        }
-        plain.sync()?;
+/// Repairs refcounts that may be wrong, of an image that is open for writing. The internal snapshots are looked at
+/// before anything is changed.
+pub(super) fn prepare(mut files: Files) -> Result<Files> {
+    let may_be_wrong = files.header.is_dirty() || files.header.version < 3;
+    if files.file.image.read_only() || !may_be_wrong {
+        return Ok(files);
     }
-    Ok(Files { file: HostFile::of_image(plain.image, &header), header, data, found, keep_bytes })
+    snapshots::read(&files.header, &files.file)?;
+    mend(&files.file, &files.header)?;
+    if files.header.is_dirty() {
+        files.keep_bytes = 0;
+    }
+    files.header = read_header(&files.file)?;
+    // The refcount table may lie elsewhere now.
+    files.file = HostFile::of_image(files.file.image, &files.header);
+    Ok(files)
+}
+
+/// The first changes of an image of which nothing is left to be refused. With `keeps_bitmaps` the persistent bitmaps
+/// stay; else they become inconsistent.
+pub(super) fn begin(header: &mut Header, file: &HostFile, data: Option<&HostFile>, keeps_bitmaps: bool) -> Result<()> {
+    if let Some(data) = data {
+        data.sync()?;
+        if data.bytes() < header.size && !data.image.is_block_device() {
+            data.grow(header.size)?;
+        }
+    }
+    if keeps_bitmaps {
+        *header = bitmaps::settle(file)?;
+    } else {
+        clear_unknown(file, header)?;
+    }
+    file.sync()
 }
 
 /// The stamp of an image's own files, which shows a change of its header too.

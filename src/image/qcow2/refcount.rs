@@ -144,6 +144,16 @@ pub enum BadBlock {
     Outside,
 }
 
+impl std::fmt::Display for BadBlock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            BadBlock::Reserved => "has reserved bits set",
+            BadBlock::Unaligned => "is not aligned to a cluster",
+            BadBlock::Outside => "points outside the file",
+        })
+    }
+}
+
 /// The refcounts that an image stores, read one block at a time.
 #[derive(Debug)]
 pub struct Stored<'a> {

@@ -70,6 +70,9 @@ impl Session {
             table_clusters: u64::from(header.refcount_table_clusters),
         };
         let mut alloc = Allocator::open(file.clone(), place)?;
+        for offset in alloc.block_offsets() {
+            file.check("a refcount block", HostOffset(offset), 1)?;
+        }
         for (start, end, name) in file.areas() {
             alloc.protect(start >> header.cluster_bits..end >> header.cluster_bits, name);
         }

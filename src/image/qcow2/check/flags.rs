@@ -1,38 +1,33 @@
 //! The COPIED flags of the active tables: set exactly where the refcount is one.
 //!
 //! A flag that is set on a shared cluster lets the next write go to both of its owners; one that is missing costs a copy.
-//! Flags are held against the refcounts as stored, so they are corrected after those.
+//! Flags are held against the refcounts as stored, so they are corrected after those. Tables point anywhere in any
+//! order, so what is stored is not looked up in the file but known from the comparison ([`Counted::is_one`]): reading a
+//! refcount block for each entry would take a table's length times a block's.
 
-use super::refcounts::place_of;
+use super::walk::{Counted, read_words};
 use super::{Cure, Report};
 use crate::error::Result;
 use crate::image::qcow2::header::Header;
-use crate::image::qcow2::refcount::{Stored, TABLE_ENTRY_BYTES, read_table, to_bytes};
+use crate::image::qcow2::refcount::{TABLE_ENTRY_BYTES, to_bytes};
 use crate::image::qcow2::tables::{COPIED, Geometry, L1Entry, L2Entry, decode_l1, decode_l2};
 use crate::storage::Storage;
 use std::collections::HashSet;
 
 /// Reports the flags that are wrong.
-pub(super) fn examine(storage: &dyn Storage, header: &Header, report: &mut Report) -> Result<()> {
-    walk(storage, header, &mut |table, index, refcount| {
+pub(super) fn examine(storage: &dyn Storage, header: &Header, counted: &Counted, report: &mut Report) -> Result<()> {
+    walk(storage, header, counted, &mut |table, index, is_one| {
         report.corruption(Cure::Flags, || {
-            format!(
-                "{} table at {}, entry {index}: COPIED flag is wrong for refcount {refcount}",
-                table.name, table.offset
-            )
+            let why = if is_one { "missing although the refcount is 1" } else { "set although the refcount is not 1" };
+            format!("{} table at {}, entry {index}: the COPIED flag is {why}", table.name, table.offset)
         });
         false
     })
 }
 
-/// Corrects the flags that are wrong; the refcounts are right and written. Gives the number of corrections.
-pub(super) fn correct(storage: &dyn Storage, header: &Header) -> Result<u64> {
-    let mut corrected = 0;
-    walk(storage, header, &mut |_, _, _| {
-        corrected += 1;
-        true
-    })?;
-    Ok(corrected)
+/// Corrects the flags that are wrong; the refcounts that were counted are right and written.
+pub(super) fn correct(storage: &dyn Storage, header: &Header, counted: &Counted) -> Result<()> {
+    walk(storage, header, counted, &mut |_, _, _| true)
 }
 
 /// A table with its words as they are read.
@@ -42,24 +37,23 @@ struct Table {
     words: Vec<u64>,
 }
 
-/// Told of each wrong flag: the table, the entry's index and the refcount; says whether to correct it.
-type OnWrong<'a> = &'a mut dyn FnMut(&Table, u64, u64) -> bool;
+/// Told of each wrong flag: the table, the entry's index and whether the refcount is one; says whether to correct it.
+type OnWrong<'a> = &'a mut dyn FnMut(&Table, u64, bool) -> bool;
 
-fn walk(storage: &dyn Storage, header: &Header, on_wrong: OnWrong<'_>) -> Result<()> {
+fn walk(storage: &dyn Storage, header: &Header, counted: &Counted, on_wrong: OnWrong<'_>) -> Result<()> {
     let geometry = header.geometry();
-    let mut stored = Stored::open(storage, place_of(storage, header)?)?;
     if header.l1_size == 0 {
         return Ok(());
     }
     let offset = header.l1_table_offset.0;
-    let words = read_table(storage, offset, u64::from(header.l1_size))?;
+    let words = read_words(storage, offset, u64::from(header.l1_size) * TABLE_ENTRY_BYTES)?;
     let mut l1 = Table { name: "L1", offset, words };
     let l2_offsets: Vec<u64> = l1.words.iter().filter_map(|raw| l2_offset(*raw, &geometry)).collect();
     visit(storage, &mut l1, 1, on_wrong, |words| match words.first().map(|raw| decode_l1(*raw, &geometry)) {
         Some(Ok(L1Entry::Table { offset, copied })) => {
-            Ok(Some((stored.get(offset.0 >> geometry.cluster_bits)?, copied)))
+            Some((counted.is_one(offset.0 >> geometry.cluster_bits), copied))
         }
-        _ => Ok(None),
+        _ => None,
     })?;
     let file_bytes = storage.len()?;
     let mut seen = HashSet::new();
@@ -67,16 +61,12 @@ fn walk(storage: &dyn Storage, header: &Header, on_wrong: OnWrong<'_>) -> Result
         if offset >= file_bytes || !seen.insert(offset) {
             continue;
         }
-        let words = read_table(storage, offset, geometry.cluster_size() / TABLE_ENTRY_BYTES)?;
+        let words = read_words(storage, offset, geometry.cluster_size())?;
         let mut l2 = Table { name: "L2", offset, words };
         visit(storage, &mut l2, geometry.l2_entry_words() as usize, on_wrong, |words| {
             let raw = words.first().copied().unwrap_or(0);
-            let Some((offset, copied)) = data_of(raw, words.get(1).copied().unwrap_or(0), &geometry) else {
-                return Ok(None);
-            };
-            let external = geometry.external_data;
-            let refcount = if external { 1 } else { stored.get(offset >> geometry.cluster_bits)? };
-            Ok(Some((refcount, copied)))
+            let (offset, copied) = data_of(raw, words.get(1).copied().unwrap_or(0), &geometry)?;
+            Some((geometry.external_data || counted.is_one(offset >> geometry.cluster_bits), copied))
         })?;
     }
     Ok(())
@@ -106,13 +96,13 @@ fn visit(
     table: &mut Table,
     width: usize,
     on_wrong: OnWrong<'_>,
-    mut look: impl FnMut(&[u64]) -> Result<Option<(u64, bool)>>,
+    look: impl Fn(&[u64]) -> Option<(bool, bool)>,
 ) -> Result<()> {
     let mut corrections = Vec::new();
     for (words, index) in table.words.chunks_exact(width).zip(0..) {
-        if let Some((refcount, copied)) = look(words)?
-            && (refcount == 1) != copied
-            && on_wrong(table, index, refcount)
+        if let Some((is_one, copied)) = look(words)
+            && is_one != copied
+            && on_wrong(table, index, is_one)
         {
             corrections.push(index as usize * width);
         }

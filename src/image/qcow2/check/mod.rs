@@ -5,7 +5,8 @@
 //! [`repair`] changes refcounts and flags, never a mapping, so no guest byte changes.
 //!
 //! 1. **It ends.** Each cluster of metadata is read at most once for each thing that it can be (a second table in it
-//!    is a finding, and is not followed), so the work is bounded by the file's length whatever its tables say.
+//!    is a finding, and is not followed) and holes are not read, so the work is bounded by what the file holds,
+//!    whatever its tables say.
 //! 2. **Memory is bounded**: counting by [`Counts`](super::refcount::Counts), findings by [`FINDINGS_KEPT`] (all are
 //!    counted), one table at a time.
 //! 3. **A finding says what cures it** ([`Cure`]). Repair touches nothing while one of them has no cure: refcounts
@@ -139,6 +140,6 @@ fn examine(storage: &dyn Storage, header: &Header) -> Result<Examined> {
     };
     let mut walk = walk::count(storage, header, &mut report)?;
     refcounts::compare(storage, header, &mut walk, &mut report)?;
-    flags::examine(storage, header, &mut report)?;
+    flags::examine(storage, header, &walk, &mut report)?;
     Ok(Examined { report, walk })
 }

@@ -1,10 +1,10 @@
 //! Comparing the stored refcounts with what was counted.
 
-use super::walk::Counted;
+use super::walk::{Counted, is_hole};
 use super::{Cure, Kind, Report};
 use crate::error::{Error, Result, errno};
 use crate::image::qcow2::header::Header;
-use crate::image::qcow2::refcount::{BadBlock, Place, Stored, Width};
+use crate::image::qcow2::refcount::{Place, Stored, Width};
 use crate::storage::Storage;
 use std::collections::HashSet;
 
@@ -33,19 +33,24 @@ pub(super) fn compare(
     let clusters = storage.len()?.div_ceil(header.cluster_size()).max(counted.counts.end());
     let mut comparison = Comparison { counted, report, width: stored.place().width, last: 0 };
     let per_block = stored.place().per_block();
+    let mut compared = HashSet::new();
     for block in 0..stored.table().len() as u64 {
-        if !good.contains(&block) {
+        let offset = stored.block_offset(block).unwrap_or(0);
+        // A block in a hole has a say only where something was counted: see below.
+        if !good.contains(&block) || is_hole(storage, offset, header.cluster_size())? {
             continue;
         }
+        compared.insert(block);
         let first = block.saturating_mul(per_block);
         for cluster in first..first.saturating_add(per_block).min(clusters) {
-            comparison.cluster(cluster, stored.get(cluster)?, true);
+            comparison.cluster(cluster, stored.get(cluster)?, true)?;
         }
     }
     for (first, len) in comparison.counted.counts.pages() {
         for cluster in first..first + len {
-            if !good.contains(&(cluster / per_block)) {
-                comparison.cluster(cluster, 0, false);
+            let block = cluster / per_block;
+            if !compared.contains(&block) {
+                comparison.cluster(cluster, 0, good.contains(&block))?;
             }
         }
     }
@@ -69,12 +74,7 @@ fn structures(stored: &Stored<'_>, counted: &mut Counted, report: &mut Report) -
                 }
             }
             Err(fault) => {
-                let why = match fault {
-                    BadBlock::Reserved => "has reserved bits set",
-                    BadBlock::Unaligned => "is not aligned to a cluster",
-                    BadBlock::Outside => "points outside the file",
-                };
-                report.corruption(Cure::Rebuild, || format!("refcount table, entry {index}: {why}"));
+                report.corruption(Cure::Rebuild, || format!("refcount table, entry {index}: {fault}"));
             }
         }
     }
@@ -82,7 +82,7 @@ fn structures(stored: &Stored<'_>, counted: &mut Counted, report: &mut Report) -
 }
 
 struct Comparison<'a> {
-    counted: &'a Counted,
+    counted: &'a mut Counted,
     report: &'a mut Report,
     width: Width,
     /// One past the last cluster in use, or counted as such.
@@ -90,18 +90,19 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    fn cluster(&mut self, cluster: u64, stored: u64, has_block: bool) {
+    fn cluster(&mut self, cluster: u64, stored: u64, has_block: bool) -> Result<()> {
         let counted = self.counted.counts.get(cluster);
         if stored == counted {
             if counted > 0 {
                 self.last = self.last.max(cluster + 1);
             }
-            return;
+            return Ok(());
         }
+        self.counted.differing.add(cluster, 1, if stored == 1 { 1 } else { 2 })?;
         self.last = self.last.max(cluster + 1);
         let tolerated = counted.saturating_add(self.counted.stale.get(cluster));
         if stored > counted && stored <= tolerated {
-            return;
+            return Ok(());
         }
         let text = || format!("cluster {cluster}: refcount {stored}, {counted} references");
         if counted > self.width.max() {
@@ -111,6 +112,7 @@ impl Comparison<'_> {
         } else {
             self.report.add(Kind::Leak, Cure::Counts, text);
         }
+        Ok(())
     }
 
     /// Metadata that something else lies on.

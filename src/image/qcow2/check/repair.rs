@@ -16,7 +16,7 @@ use super::{Cure, Examined, Kind, Report, examine, flags};
 use crate::error::{Error, Result, errno};
 use crate::image::qcow2::header::{Header, incompatible};
 use crate::image::qcow2::read_header;
-use crate::image::qcow2::refcount::{MAX_TABLE_BYTES, Place, Stored, TABLE_ENTRY_BYTES, to_bytes};
+use crate::image::qcow2::refcount::{Counts, MAX_TABLE_BYTES, Place, Stored, TABLE_ENTRY_BYTES, to_bytes};
 use crate::storage::Storage;
 use std::collections::BTreeSet;
 
@@ -64,11 +64,12 @@ pub fn repair(storage: &dyn Storage, extent: Repair) -> Result<Repaired> {
     }
     drop(walk);
     let header = read_header(storage)?;
-    if extent == Repair::All {
-        flags::correct(storage, &header)?;
+    let Examined { report: mut after, walk } = examine(storage, &header)?;
+    if extent == Repair::All && after.worst_cure == Some(Cure::Flags) {
+        flags::correct(storage, &header, &walk)?;
         storage.sync()?;
+        after = examine(storage, &header)?.report;
     }
-    let mut after = examine(storage, &header)?.report;
     if after.is_clean() && (after.dirty || after.corrupt) && extent == Repair::All {
         let features = header.incompatible_features & !(incompatible::DIRTY | incompatible::CORRUPT);
         storage.write_at(&features.to_be_bytes(), INCOMPATIBLE_AT)?;
@@ -93,7 +94,7 @@ fn correct_in_place(storage: &dyn Storage, header: &Header, counted: &Counted) -
     let place = place_of(storage, header)?;
     let stored = Stored::open(storage, place)?;
     let clusters = storage.len()?.div_ceil(place.cluster_bytes()).max(counted.counts.end());
-    for index in 0..stored.table().len() as u64 {
+    for index in blocks_of(&counted.differing, place) {
         let offset = stored.block_offset(index).unwrap_or(0);
         if offset == 0 {
             continue;
@@ -115,6 +116,12 @@ fn correct_in_place(storage: &dyn Storage, header: &Header, counted: &Counted) -
         }
     }
     storage.sync()
+}
+
+/// Indices of the refcount blocks of what was counted.
+fn blocks_of(counts: &Counts, place: Place) -> BTreeSet<u64> {
+    let clusters = counts.pages().into_iter().flat_map(|(first, len)| first..first + len);
+    clusters.filter(|cluster| counts.get(*cluster) > 0).map(|cluster| cluster / place.per_block()).collect()
 }
 
 /// What a refcount should be: the references, and at most those of stale bitmaps where it has them.
@@ -140,12 +147,8 @@ impl Plan {
 
 fn plan(storage: &dyn Storage, header: &Header, counted: &Counted) -> Result<Plan> {
     let place = place_of(storage, header)?;
-    let mut used = BTreeSet::new();
-    for counts in [&counted.counts, &counted.stale] {
-        for (first, len) in counts.pages() {
-            used.extend((first..first + len).filter(|cluster| counts.get(*cluster) > 0).map(|c| c / place.per_block()));
-        }
-    }
+    let mut used = blocks_of(&counted.counts, place);
+    used.extend(blocks_of(&counted.stale, place));
     let first = counted.counts.end().max(counted.stale.end());
     let mut plan = Plan { place: Place { table_clusters: 1, ..place }, blocks: used, first };
     loop {

@@ -168,7 +168,7 @@ fn a_power_loss_in_a_repair_leaves_what_the_next_repair_can_finish() {
             file.write_at(&value.to_be_bytes(), offset).unwrap();
             file.sync().unwrap();
             let content = data(&file, shape);
-            let stopping = Stopping { inner: file.shared(), syncs_left: parking_lot::Mutex::new(step) };
+            let stopping = Stopping { inner: file.shared(), syncs_left: step.into(), bytes_read: 0.into() };
             let finished = repair(&stopping, Repair::All).is_ok();
             for seed in 0..12 {
                 let after = disk.survivors(seed).open("a").unwrap();
@@ -184,15 +184,56 @@ fn a_power_loss_in_a_repair_leaves_what_the_next_repair_can_finish() {
     }
 }
 
-/// A file whose n-th sync fails before it has done anything.
+#[test]
+fn tables_that_point_to_and_fro_cost_no_more_than_others() {
+    let shape = Shape::new(12, 6, 512);
+    let far = 4 * shape.place().per_block();
+    let file = image(shape);
+    file.set_len(shape.at(far + 512)).unwrap();
+    file.write_at(&shape.at(far).to_be_bytes(), shape.at(1) + 4 * 8).unwrap();
+    for guest in (0..512).step_by(2) {
+        let entry = shape.at(shape.l1() + 1) + guest * 8;
+        file.write_at(&(shape.at(far + guest) | COPIED).to_be_bytes(), entry).unwrap();
+    }
+    let counting = Stopping { inner: file.shared(), syncs_left: u32::MAX.into(), bytes_read: 0.into() };
+    let report = check(&counting).unwrap();
+    assert!(report.corruptions > 256);
+    let clusters = *counting.bytes_read.lock() / shape.at(1);
+    assert!(clusters < 16, "{clusters} clusters read");
+}
+
+#[test]
+fn tables_in_holes_cost_nothing() {
+    let shape = Shape::new(12, 4, 1);
+    let file = image(shape);
+    file.set_len(1 << 40).unwrap();
+    for index in 1..200 {
+        let (block, table) = (shape.at(2000 + index), shape.at(4000 + index) | COPIED);
+        file.write_at(&block.to_be_bytes(), shape.at(1) + index * 8).unwrap();
+        file.write_at(&table.to_be_bytes(), shape.at(shape.l1()) + index * 8).unwrap();
+    }
+    file.write_at(&200u32.to_be_bytes(), 36).unwrap();
+    let counting = Stopping { inner: file.shared(), syncs_left: u32::MAX.into(), bytes_read: 0.into() };
+    let report = check(&counting).unwrap();
+    // The clusters of the tables and of the blocks are not counted as used, and the COPIED flags stand for that.
+    assert_eq!((report.corruptions, report.leaks, report.worst_cure), (3 * 199, 0, Some(Cure::Flags)));
+    let clusters = *counting.bytes_read.lock() / shape.at(1);
+    assert!(clusters < 12, "{clusters} clusters read");
+    assert!(repair(&file, Repair::All).unwrap().after.is_clean());
+    assert!(check(&file).unwrap().is_clean());
+}
+
+/// A file whose n-th sync fails before it has done anything; it counts what is read.
 #[derive(Debug)]
 struct Stopping {
     inner: crate::storage::SharedStorage,
     syncs_left: parking_lot::Mutex<u32>,
+    bytes_read: parking_lot::Mutex<u64>,
 }
 
 impl Storage for Stopping {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        *self.bytes_read.lock() += buf.len() as u64;
         self.inner.read_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {

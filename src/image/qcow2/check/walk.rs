@@ -5,7 +5,7 @@ use crate::error::{Error, Result, errno};
 use crate::image::qcow2::bitmaps_format::{Directory, Entry, Piece, decode_piece};
 use crate::image::qcow2::header::{Header, autoclear};
 use crate::image::qcow2::refcount::{Counts, TABLE_ENTRY_BYTES, read_table};
-use crate::image::qcow2::snapshot_table::SnapshotTable;
+use crate::image::qcow2::snapshots::SnapshotTable;
 use crate::image::qcow2::tables::{Geometry, L1Entry, L2Entry, decode_l1, decode_l2};
 use crate::storage::Storage;
 use std::collections::BTreeMap;
@@ -35,9 +35,19 @@ pub(super) struct Counted {
     pub refcount_references: BTreeMap<u64, u64>,
     /// References from bitmaps that nobody vouches for: kept, but no reason to call a refcount wrong.
     pub stale: Counts,
+    /// Where the stored refcount differs from `counts`: 1 where it is one, 2 where it is not.
+    pub differing: Counts,
 }
 
 impl Counted {
+    /// Whether the stored refcount of a cluster is one. Known once the refcounts have been compared.
+    pub fn is_one(&self, cluster: u64) -> bool {
+        match self.differing.get(cluster) {
+            0 => self.counts.get(cluster) == 1,
+            stored => stored == 1,
+        }
+    }
+
     /// Counts `references` to `clusters` clusters of metadata from `first`; false, with a finding, where one of them
     /// holds other metadata already. They are counted in any case.
     pub fn claim(
@@ -93,6 +103,21 @@ struct Walk<'a> {
     l2_tables: BTreeMap<u64, L2Use>,
 }
 
+/// The big-endian words of a table, none where it lies in a hole: a file may be far longer than what is in it.
+pub(super) fn read_words(storage: &dyn Storage, offset: u64, bytes: u64) -> Result<Vec<u64>> {
+    if is_hole(storage, offset, bytes)? {
+        Ok(Vec::new())
+    } else {
+        read_table(storage, offset, bytes / TABLE_ENTRY_BYTES)
+    }
+}
+
+/// Whether nothing is stored there, so that all of it is zeros.
+pub(super) fn is_hole(storage: &dyn Storage, offset: u64, bytes: u64) -> Result<bool> {
+    let status = storage.block_status(offset, bytes)?;
+    Ok(status.zero && status.len >= bytes)
+}
+
 /// Counts the references of an image.
 pub(super) fn count(storage: &dyn Storage, header: &Header, report: &mut Report) -> Result<Counted> {
     let mut walk = Walk {
@@ -144,8 +169,14 @@ impl Walk<'_> {
             }
             Err(e) => return Err(e),
         };
-        for snapshot in &table.all {
-            self.l1_table("L1 table of a snapshot", snapshot.l1_table_offset.0, snapshot.l1_size, false)?;
+        for (snapshot, index) in table.all.iter().zip(0..) {
+            match snapshot.l1_place(self.header, self.file_bytes) {
+                Ok(None) => (),
+                Ok(Some((offset, _))) => {
+                    self.l1_table("L1 table of a snapshot", offset.0, snapshot.l1_size, false)?;
+                }
+                Err(why) => self.report.corruption(Cure::None, || format!("snapshot table, entry {index}: {why}")),
+            }
         }
         if table.bytes > 0 {
             self.claim("the snapshot table", self.header.snapshots_offset.0, table.bytes, 1)?;
@@ -161,9 +192,8 @@ impl Walk<'_> {
         let mut index = 0;
         while index < u64::from(entries) {
             let some = (u64::from(entries) - index).min(READ_BYTES / TABLE_ENTRY_BYTES);
-            for (raw, index) in
-                read_table(self.storage, offset + index * TABLE_ENTRY_BYTES, some)?.into_iter().zip(index..)
-            {
+            let words = read_words(self.storage, offset + index * TABLE_ENTRY_BYTES, some * TABLE_ENTRY_BYTES)?;
+            for (raw, index) in words.into_iter().zip(index..) {
                 // A snapshot's table may keep a stale COPIED flag beside nothing.
                 if raw != 0 {
                     self.l1_entry(what, raw, index, active);
@@ -209,7 +239,7 @@ impl Walk<'_> {
 
     fn l2_table(&mut self, table_offset: u64, table: &L2Use) -> Result<()> {
         let cluster_bytes = self.geometry.cluster_size();
-        let words = read_table(self.storage, table_offset, cluster_bytes / TABLE_ENTRY_BYTES)?;
+        let words = read_words(self.storage, table_offset, cluster_bytes)?;
         let per_entry = self.geometry.l2_entry_words() as usize;
         let mut next_offset = 0;
         // Clusters in a row are counted at once.
@@ -317,7 +347,7 @@ impl Walk<'_> {
         while done < entries {
             let some = (entries - done).min(READ_BYTES / TABLE_ENTRY_BYTES);
             let at = entry.table_offset.0 + done * TABLE_ENTRY_BYTES;
-            for raw in read_table(self.storage, at, some)? {
+            for raw in read_words(self.storage, at, some * TABLE_ENTRY_BYTES)? {
                 match decode_piece(raw, self.geometry.cluster_size()) {
                     Ok(Piece::Zeros | Piece::Ones) => (),
                     Ok(Piece::Stored(offset)) => {

@@ -76,7 +76,7 @@ pub struct Allocator {
     block_clusters: BTreeSet<u64>,
     /// One past the last used cluster.
     next: u64,
-    /// Free clusters before `next`.
+    /// Free clusters before `next`; of those that were free at the open, the ones of the last block that is in use.
     reusable: BTreeSet<u64>,
     /// Clusters to free with the next flush, and how often each.
     freed: BTreeMap<u64, u64>,
@@ -101,7 +101,7 @@ impl Allocator {
             };
             return Err(damaged(&*storage, format!("refcount table, entry {index}: {why}")));
         }
-        let next = end_of_used(&*storage, &stored)?;
+        let (next, reusable) = end_of_used(&*storage, &stored)?;
         let table = stored.table().to_vec();
         Ok(Allocator {
             storage,
@@ -112,7 +112,7 @@ impl Allocator {
             blocks: BTreeMap::new(),
             block_clusters,
             next,
-            reusable: BTreeSet::new(),
+            reusable,
             freed: BTreeMap::new(),
             settling: BTreeMap::new(),
             protected: BTreeMap::from([(0, (1, "the header"))]),
@@ -458,8 +458,9 @@ impl Allocator {
     }
 }
 
-/// One past the last cluster with a refcount. Blocks in holes are not read: a file may be far longer than what is in it.
-fn end_of_used(storage: &dyn Storage, stored: &Stored<'_>) -> Result<u64> {
+/// One past the last cluster with a refcount, and the free clusters before it that the same block describes. Blocks in
+/// holes are not read: a file may be far longer than what is in it.
+fn end_of_used(storage: &dyn Storage, stored: &Stored<'_>) -> Result<(u64, BTreeSet<u64>)> {
     let place = stored.place();
     let per_byte = (8 / place.width.bits()).max(1) as usize;
     let mut bytes = vec![0; place.cluster_bytes() as usize];
@@ -472,10 +473,12 @@ fn end_of_used(storage: &dyn Storage, stored: &Stored<'_>) -> Result<u64> {
         let Some(last) = bytes.iter().rposition(|byte| *byte != 0) else { continue };
         let slot = last * 8 / place.width.bits() as usize;
         let slots = slot..slot + per_byte;
-        let used = slots.rev().find(|slot| place.width.get(&bytes, *slot as u64) > 0).unwrap_or(slot);
-        return Ok(block as u64 * place.per_block() + used as u64 + 1);
+        let used = slots.rev().find(|slot| place.width.get(&bytes, *slot as u64) > 0).unwrap_or(slot) as u64;
+        let first = block as u64 * place.per_block();
+        let free = (0..used).filter(|slot| place.width.get(&bytes, *slot) == 0).map(|slot| first + slot);
+        return Ok((first + used + 1, free.collect()));
     }
-    Ok(0)
+    Ok((0, BTreeSet::new()))
 }
 
 fn damaged(storage: &dyn Storage, why: String) -> Error {

@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const SECTOR_BYTES: u64 = 512;
+/// Sectors in [`FileState::recent`] from which on a sync moves them into the base.
+const RECENT_MAX: usize = 512;
 
 /// Content of a sector; `None` is a hole.
 type Content = Option<Arc<[u8; SECTOR_BYTES as usize]>>;
@@ -54,7 +56,10 @@ struct Versions<T>(Vec<T>);
 
 #[derive(Debug, Clone)]
 struct FileState {
-    sectors: BTreeMap<u64, Versions<Content>>,
+    /// Durable sectors, shared with the disks that were made of this one; holes are not stored.
+    base: Arc<BTreeMap<u64, Arc<[u8; SECTOR_BYTES as usize]>>>,
+    /// Sectors that changed since they were last put into `base`.
+    recent: BTreeMap<u64, Versions<Content>>,
     len: Versions<u64>,
     changed_ns: i64,
 }
@@ -108,7 +113,8 @@ impl<T: Clone + PartialEq> Versions<T> {
 
 impl FileState {
     fn new() -> Self {
-        FileState { sectors: BTreeMap::new(), len: Versions::new(0), changed_ns: clock::now_coarse_ns() }
+        let (base, recent) = (Arc::default(), BTreeMap::new());
+        FileState { base, recent, len: Versions::new(0), changed_ns: clock::now_coarse_ns() }
     }
 
     /// Notes a change: the clock, but never the same time twice.
@@ -117,11 +123,25 @@ impl FileState {
     }
 
     fn content(&self, sector: u64) -> Content {
-        self.sectors.get(&sector).and_then(|versions| versions.now().clone())
+        match self.recent.get(&sector) {
+            Some(versions) => versions.now().clone(),
+            None => self.base.get(&sector).cloned(),
+        }
     }
 
     fn put(&mut self, sector: u64, content: Content) {
-        self.sectors.entry(sector).or_insert_with(|| Versions::new(None)).push(content);
+        let base = &self.base;
+        self.recent.entry(sector).or_insert_with(|| Versions::new(base.get(&sector).cloned())).push(content);
+    }
+
+    /// The first sector from `first` on that is stored, before `end`.
+    fn next_stored(&self, first: u64, end: u64) -> Option<u64> {
+        if first >= end {
+            return None;
+        }
+        let recent = self.recent.range(first..end).find(|(_, versions)| versions.now().is_some());
+        let base = self.base.range(first..end).find(|(sector, _)| !self.recent.contains_key(sector));
+        [recent.map(|(sector, _)| *sector), base.map(|(sector, _)| *sector)].into_iter().flatten().min()
     }
 
     /// Changes some bytes of a sector.
@@ -142,16 +162,16 @@ impl FileState {
         if start >= end {
             return;
         }
-        let stored: Vec<u64> =
-            self.sectors.range(start / SECTOR_BYTES..end.div_ceil(SECTOR_BYTES)).map(|(sector, _)| *sector).collect();
-        for sector in stored {
+        let mut at = start / SECTOR_BYTES;
+        while let Some(sector) = self.next_stored(at, end.div_ceil(SECTOR_BYTES)) {
             let base = sector * SECTOR_BYTES;
             let (from, to) = (start.max(base) - base, end.min(base + SECTOR_BYTES) - base);
             if to - from == SECTOR_BYTES {
                 self.put(sector, None);
-            } else if self.content(sector).is_some() {
+            } else {
                 self.edit(sector, |bytes| bytes[from as usize..to as usize].fill(0));
             }
+            at = sector + 1;
         }
     }
 
@@ -164,26 +184,61 @@ impl FileState {
     }
 
     fn sync(&mut self) {
-        self.sectors.values_mut().for_each(Versions::sync);
+        self.recent.values_mut().for_each(Versions::sync);
         self.len.sync();
+        if self.recent.len() >= RECENT_MAX {
+            let base = Arc::make_mut(&mut self.base);
+            for (sector, versions) in std::mem::take(&mut self.recent) {
+                match versions.now() {
+                    Some(bytes) => base.insert(sector, bytes.clone()),
+                    None => base.remove(&sector),
+                };
+            }
+        }
     }
 
     fn unsynced(&self) -> usize {
-        self.len.unsynced() + self.sectors.values().map(Versions::unsynced).sum::<usize>()
+        self.len.unsynced() + self.recent.values().map(Versions::unsynced).sum::<usize>()
     }
 
     fn survivor(&self, choose: &mut dyn FnMut(usize) -> usize) -> FileState {
         let len = self.len.survivor(choose);
-        let mut state = FileState { sectors: BTreeMap::new(), len: Versions::new(len), changed_ns: self.changed_ns };
-        for (sector, versions) in &self.sectors {
-            let content = versions.survivor(choose);
+        let (base, recent) = (self.base.clone(), BTreeMap::new());
+        let mut state = FileState { base, recent, len: Versions::new(len), changed_ns: self.changed_ns };
+        let mut put = |sector: u64, content: Content| {
             let inside = len.saturating_sub(sector * SECTOR_BYTES).min(SECTOR_BYTES) as usize;
-            if let Some(mut bytes) = content.filter(|_| inside > 0) {
-                Arc::make_mut(&mut bytes)[inside..].fill(0);
-                state.sectors.insert(*sector, Versions::new(Some(bytes)));
-            }
+            let content = content.filter(|_| inside > 0).map(|mut bytes| {
+                if inside < SECTOR_BYTES as usize {
+                    Arc::make_mut(&mut bytes)[inside..].fill(0);
+                }
+                bytes
+            });
+            state.recent.insert(sector, Versions::new(content));
+        };
+        for (sector, bytes) in self.base.range(len / SECTOR_BYTES..) {
+            put(*sector, Some(bytes.clone()));
+        }
+        for (sector, versions) in &self.recent {
+            put(*sector, versions.survivor(choose));
         }
         state
+    }
+
+    /// Mixes what the file holds into `hash`: equal for equal content over one base.
+    fn hash(&self, hash: &mut u64) {
+        let mut add = |word: u64| {
+            let mut state = *hash ^ word;
+            *hash = split_mix(&mut state);
+        };
+        add(*self.len.now());
+        add(Arc::as_ptr(&self.base).addr() as u64);
+        for (sector, versions) in &self.recent {
+            add(*sector);
+            match versions.now() {
+                None => add(0),
+                Some(bytes) => bytes.as_chunks().0.iter().for_each(|word| add(u64::from_le_bytes(*word))),
+            }
+        }
     }
 }
 
@@ -297,6 +352,16 @@ impl CrashDisk {
     pub fn survivors(&self, seed: u64) -> CrashDisk {
         let mut random = seed;
         CrashDisk::with(self.0.lock().survivor(&mut |count| (split_mix(&mut random) % count as u64) as usize))
+    }
+
+    /// Equal for disks that hold the same, made of one disk between two syncs. Names are not looked at.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = 0;
+        for (file, state) in &self.0.lock().files {
+            hash ^= file;
+            state.hash(&mut hash);
+        }
+        hash
     }
 
     /// Every disk that a power loss may leave; `None` where there are more than `max_unsynced` things to lose (up to
@@ -431,13 +496,12 @@ impl Storage for CrashFile {
         let end = end_of("block status of", &self.path, offset, len)?;
         let first = offset / SECTOR_BYTES;
         self.with(|state| {
-            let mut data = state.sectors.range(first..).filter(|(_, v)| v.now().is_some()).map(|(sector, _)| *sector);
             let zero = state.content(first).is_none();
+            let behind = end.div_ceil(SECTOR_BYTES);
             let border = if zero {
-                data.next().unwrap_or(u64::MAX)
+                state.next_stored(first, behind).unwrap_or(behind)
             } else {
-                // The first sector that is not the one after its neighbour.
-                first + data.zip(first..).take_while(|(sector, next)| sector == next).count() as u64
+                (first..behind).find(|sector| state.content(*sector).is_none()).unwrap_or(behind)
             };
             Ok(BlockStatus { len: border.saturating_mul(SECTOR_BYTES).min(end) - offset, zero })
         })
@@ -555,6 +619,39 @@ mod tests {
                 (sectors, file.len().unwrap())
             })
             .collect()
+    }
+
+    #[test]
+    fn what_moved_into_the_base_stays_what_it_was() {
+        let disk = CrashDisk::new();
+        let file = disk.open("f").unwrap();
+        let sectors = 2 * RECENT_MAX as u64;
+        for sector in 0..sectors {
+            file.write_at(&[sector as u8 | 1; 512], sector * 512).unwrap();
+        }
+        file.sync().unwrap();
+        let before = disk.kill();
+        file.punch_hole(512, 1024).unwrap();
+        file.write_at(&[200; 512], 5 * 512).unwrap();
+        assert_eq!(disk.unsynced(), 3);
+        let prints: BTreeSet<_> = disk.exhaustive(3).unwrap().map(|left| left.fingerprint()).collect();
+        assert_eq!(prints.len(), 8);
+        assert!(prints.contains(&disk.fingerprint()));
+        file.sync().unwrap();
+        file.set_len((sectors - 1) * 512 + 100).unwrap();
+        let tails: BTreeSet<_> = disk
+            .exhaustive(2)
+            .unwrap()
+            .map(|left| {
+                let file = left.open("f").unwrap();
+                (read(&file, (sectors - 1) * 512 + 99, 2), file.len().unwrap() % 512, read(&file, 5 * 512, 1)[0])
+            })
+            .collect();
+        let cut = (vec![255, 0], 100, 200);
+        assert_eq!(tails, BTreeSet::from([cut, (vec![255, 0], 0, 200), (vec![255, 255], 0, 200)]));
+        assert_eq!(read(&before.open("f").unwrap(), 512, 1), [1]);
+        assert_eq!(file.block_status(0, 4096).unwrap(), BlockStatus { len: 512, zero: false });
+        assert_eq!(file.block_status(512, 4096).unwrap(), BlockStatus { len: 1024, zero: true });
     }
 
     #[test]

@@ -179,6 +179,15 @@ impl HostFile {
         self.sync()
     }
 
+    /// Writes a word of metadata. Where that fails it may stand there all the same, so this also gives the word that
+    /// counts from now on: what the file holds, where it can be read.
+    pub fn put_word(&self, offset: u64, word: u64) -> (Option<u64>, Result<()>) {
+        let written = self.write_at(&word.to_be_bytes(), offset);
+        let mut now = word.to_be_bytes();
+        let known = written.is_ok() || self.read_at(&mut now, offset).is_ok();
+        (known.then_some(u64::from_be_bytes(now)), written)
+    }
+
     /// The part of a range that is in the file.
     fn inside(&self, offset: u64, len: u64) -> u64 {
         self.bytes().saturating_sub(offset).min(len)

@@ -328,12 +328,9 @@ impl Mapping {
         let Some(word) = l1.words.get(index as usize) else {
             return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset").at_offset(offset));
         };
-        let at = l1.offset.0 + index * 8;
-        let written = file.write_at(&raw.to_be_bytes(), at);
-        let mut now = raw.to_be_bytes();
-        // Where that failed, it may stand there all the same: only the file tells.
-        if written.is_ok() || file.read_at(&mut now, at).is_ok() {
-            word.store(u64::from_be_bytes(now), Ordering::Release);
+        let (now, written) = file.put_word(l1.offset.0 + index * 8, raw);
+        if let Some(now) = now {
+            word.store(now, Ordering::Release);
         }
         written
     }

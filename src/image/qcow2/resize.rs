@@ -64,10 +64,12 @@ impl Qcow2Image {
 
     /// The size in the header, then the one that readers go by.
     fn set_size(&self, size: u64) -> Result<()> {
-        self.file.write_at(&size.to_be_bytes(), SIZE_AT)?;
-        self.file.sync()?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
+        let (now, written) = self.file.put_word(SIZE_AT, size);
+        if let Some(now) = now {
+            self.size.store(now, Ordering::Release);
+        }
+        written?;
+        self.file.sync()
     }
 
     fn grow_l1(&self, writer: &Writer, size: u64) -> Result<()> {
@@ -87,15 +89,26 @@ impl Qcow2Image {
         }
         words.resize(entries as usize, 0);
         let bytes = round_up(entries * 8, cluster_size);
-        let new = session.allocate_row(bytes / cluster_size)?;
+        let row = session.allocate_row(bytes / cluster_size)?;
+        let new = row.offset;
         let mut table = to_bytes(&words);
         table.resize(bytes as usize, 0);
-        self.file.write_at(&table, new.0)?;
-        self.file.sync()?;
+        if let Err(e) = self.file.write_at(&table, new.0).and_then(|()| self.file.sync()) {
+            session.take_back(&row);
+            return Err(e);
+        }
         let mut fields = (entries as u32).to_be_bytes().to_vec();
         fields.extend_from_slice(&new.0.to_be_bytes());
-        self.file.write_at(&fields, L1_FIELDS_AT)?;
-        self.file.sync()?;
+        let mut linked = self.file.write_at(&fields, L1_FIELDS_AT);
+        if let Err(e) = &linked {
+            // They may stand there all the same, and only the file tells.
+            let mut now = vec![0; fields.len()];
+            if self.file.read_at(&mut now, L1_FIELDS_AT).is_err() || now != fields {
+                session.leak(e);
+                return linked;
+            }
+        }
+        linked = linked.and_then(|()| self.file.sync());
         self.mapping.move_l1(new, words);
         self.file.forget(old);
         let clusters = |start: HostOffset, bytes: u64| {
@@ -109,7 +122,7 @@ impl Qcow2Image {
             }
         }
         session.alloc.protect(clusters(new, bytes), "the L1 table");
-        Ok(())
+        linked
     }
 
     fn shrink(&self, writer: &Writer, size: u64) -> Result<()> {

@@ -97,19 +97,25 @@ impl Session {
     /// Hands out clusters, at least one and at most `count`, for guest data.
     pub fn allocate(&mut self, count: u64) -> Result<Clusters> {
         self.begin()?;
-        let clusters = if self.version == 2 { self.allocate_counted(count)? } else { self.alloc.allocate(count)? };
+        let range = if self.version == 2 { self.allocate_counted(count)? } else { self.alloc.allocate(count)? };
         self.note_blocks();
-        let offset = HostOffset(clusters.start << self.cluster_bits);
-        let end = clusters.end << self.cluster_bits;
+        let offset = HostOffset(range.start << self.cluster_bits);
+        let fresh = range.start >= self.fresh_from;
+        self.fresh_from = self.fresh_from.max(range.end);
+        let clusters = Clusters { offset, count: range.end - range.start, fresh };
+        if let Err(e) = self.make_room(range) {
+            self.take_back(&clusters);
+            return Err(e);
+        }
+        Ok(clusters)
+    }
+
+    /// Clusters can be written to: they are no tables, and the file reaches over them.
+    fn make_room(&mut self, clusters: Range<u64>) -> Result<()> {
         for cluster in clusters.clone() {
             self.file.check_not_table(HostOffset(cluster << self.cluster_bits))?;
         }
-        if end > self.file.bytes() {
-            self.file.grow(end)?;
-        }
-        let fresh = clusters.start >= self.fresh_from;
-        self.fresh_from = self.fresh_from.max(clusters.end);
-        Ok(Clusters { offset, count: clusters.end - clusters.start, fresh })
+        self.file.grow(clusters.end << self.cluster_bits)
     }
 
     fn allocate_counted(&mut self, count: u64) -> Result<Range<u64>> {
@@ -119,7 +125,7 @@ impl Session {
             let grown = self.file.grow(ahead.end << self.cluster_bits);
             let counted = grown.and_then(|()| self.alloc.write_refcounts());
             if let Err(e) = counted {
-                let _ = self.alloc.take_back(ahead).inspect_err(|e| self.leak(e));
+                self.give_back(ahead);
                 return Err(e);
             }
             self.ahead = ahead;
@@ -131,22 +137,28 @@ impl Session {
     }
 
     /// Hands out exactly `count` clusters in a row, with their refcounts as the version asks.
-    pub fn allocate_row(&mut self, count: u64) -> Result<HostOffset> {
+    pub fn allocate_row(&mut self, count: u64) -> Result<Clusters> {
         self.begin()?;
-        let clusters = self.alloc.allocate_row(count)?;
+        let row = self.alloc.allocate_row(count)?;
         self.note_blocks();
-        self.fresh_from = self.fresh_from.max(clusters.end);
-        if self.version == 2 {
-            self.file.grow(clusters.end << self.cluster_bits)?;
-            self.alloc.write_refcounts()?;
+        self.fresh_from = self.fresh_from.max(row.end);
+        let grown = self.file.grow(row.end << self.cluster_bits);
+        let counted = grown.and_then(|()| if self.version == 2 { self.alloc.write_refcounts() } else { Ok(()) });
+        if let Err(e) = counted {
+            self.give_back(row);
+            return Err(e);
         }
-        Ok(HostOffset(clusters.start << self.cluster_bits))
+        Ok(Clusters { offset: HostOffset(row.start << self.cluster_bits), count, fresh: false })
     }
 
     /// Gives back what was handed out and not published.
     pub fn take_back(&mut self, clusters: &Clusters) {
         let first = clusters.offset.0 >> self.cluster_bits;
-        if let Err(e) = self.alloc.take_back(first..first + clusters.count) {
+        self.give_back(first..first + clusters.count);
+    }
+
+    fn give_back(&mut self, clusters: Range<u64>) {
+        if let Err(e) = self.alloc.take_back(clusters) {
             self.leak(&e);
         }
     }

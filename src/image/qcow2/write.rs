@@ -432,6 +432,10 @@ impl Qcow2Image {
                 for pad in [before, behind] {
                     self.fill_pad(plan, pad, was_zero)?;
                 }
+                // What is behind the end of the disk is uncovered by a growth, which may be under way.
+                if !is_hole {
+                    self.fill_pad(plan, inside.end..range.end, true)?;
+                }
             }
         }
         Ok(durable_first)

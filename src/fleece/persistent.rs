@@ -340,8 +340,9 @@ impl Disk {
         })
     }
 
-    /// The recording checkpoint's bitmap, where the image can have it.
+    /// The recording checkpoint's bitmap, where the image can have it. Without a mark nobody would believe it.
     fn checkpoint_to_store(&self, directory: &Directory) -> Option<ToStore> {
+        directory.in_image.mark?;
         let entry = recording_checkpoint(directory)?;
         if directory.bitmaps.iter().any(|user| user.name == entry.name) {
             return None;

@@ -554,6 +554,7 @@ impl Disk {
     /// The recording bitmaps, saved and named in the directory, with the layers that are kept.
     fn save_bitmaps(&self, chain: &Chain, keep_views: bool, mark: Uuid) -> Result<()> {
         let in_image = self.image().persistent().map(|image| image.mark()).transpose()?;
+        let in_image = in_image.filter(|found| found.uuid.is_some());
         let recording = self.tracking.recording();
         let directory = self.tracking.directory();
         let mut sealed = Vec::new();

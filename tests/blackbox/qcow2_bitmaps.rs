@@ -269,3 +269,34 @@ fn an_older_copy_of_the_image_means_everything() {
     fs::write(&image, copy).unwrap();
     assert_everything(&rig, &image, "the image is not the one that fleecefs left");
 }
+
+#[test]
+fn a_repair_by_qemu_keeps_internal_snapshots() {
+    requires!("qemu-img", "qemu-io");
+    let rig = Rig::new();
+    let image = stopped(&rig);
+    let snapshot = |args: &[&str]| ok(tool("qemu-img").args(["snapshot"]).args(args).arg(&image));
+    snapshot(&["-c", "before"]);
+    let repair = || {
+        ok(tool("qemu-img").args(["check", "-q", "-r", "leaks"]).arg(&image));
+        assert!(snapshot(&["-l"]).contains("before"), "qemu-img lists the snapshot");
+    };
+    let mount = rig.mount([&image]);
+    assert_eq!(tracking(&mount), "exact after writes of another program");
+    guest_writes(&mount, &[4]);
+    let dir = mount.kill();
+    let mount = Mount::at(dir, [&image]);
+    assert_eq!(tracking(&mount), "exact after a kill");
+    guest_writes(&mount, &[5]);
+    mount.umount();
+    let mount = rig.mount([&image]);
+    assert_eq!(tracking(&mount), "exact");
+    mount.snap("c2");
+    assert_eq!(mount.map_since("c2", "vda", "c1").granules(), [3, 4, 5]);
+    let dir = mount.kill();
+    ok(tool("fusermount3").args(["-u", "-z"]).arg(&dir));
+    repair();
+    rig.mount([&image]).umount();
+    repair();
+    check(&image);
+}

@@ -2,7 +2,8 @@
 //!
 //! The mark is a UUID in an extension of our own, which other programs keep, and an autoclear bit of our own, which
 //! whatever opens the image for writing clears. In an image whose first cluster has no room for the extension there is
-//! none.
+//! none, nor in one with internal snapshots: `qemu-img check -r` forgets them all where it meets an autoclear bit that it
+//! does not know, or a bitmap that records (it then writes the header before it has read their number).
 
 use super::Qcow2Image;
 use super::bitmaps::mark_in_use;
@@ -47,9 +48,15 @@ impl Qcow2Image {
     }
 }
 
-/// Puts the mark into the header. An image that has no room for it goes without.
+/// Puts the mark into the header. An image that has no room for it goes without; from one with internal snapshots it is
+/// taken. Who makes one later clears the bit first.
 fn set_mark(storage: &dyn Storage, mark: Uuid) -> Result<()> {
     let set = |header: &mut Header| {
+        if header.nb_snapshots > 0 {
+            header.extensions.remove(MARK);
+            header.autoclear_features &= !autoclear::FLEECEFS;
+            return;
+        }
         header.extensions.set(MARK, mark.as_bytes().to_vec());
         header.autoclear_features |= autoclear::FLEECEFS;
     };

@@ -41,6 +41,8 @@ struct Disk {
     store_bytes: u64,
     tracking: String,
     image: PathBuf,
+    #[serde(default)]
+    snapshot: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -75,7 +77,10 @@ fn print(status: &Status, out: &mut Out) -> Result<()> {
             human_size(disk.size),
             human_size(disk.store_bytes),
             disk.tracking.clone(),
-            disk.image.display().to_string(),
+            match &disk.snapshot {
+                Some(snapshot) => format!("{} (snapshot {})", disk.image.display(), printable(snapshot)),
+                None => disk.image.display().to_string(),
+            },
         ]);
     }
     section(&disks, out)?;

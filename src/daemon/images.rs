@@ -62,6 +62,8 @@ struct Use {
     writes: bool,
     /// Others may write to it meanwhile.
     shares: bool,
+    /// It is read for an internal snapshot.
+    snapshot: bool,
 }
 
 impl Use {
@@ -87,7 +89,15 @@ impl Use {
             Part::BackingFile => format!("disk '{}': backing file", self.disk),
         };
         let e = Error::new(errno::EBUSY, what, why).at_path(&self.path);
-        Err(if self.writes && other.writes { e } else { e.hint("serve all that use it read-only") })
+        Err(if self.writes && other.writes {
+            e
+        } else if self.snapshot || other.snapshot {
+            e.hint(
+                "serve the internal snapshot in another mount, with force-share; or all that use the image read-only",
+            )
+        } else {
+            e.hint("serve all that use it read-only")
+        })
     }
 }
 
@@ -110,7 +120,8 @@ fn uses_of(spec: &DiskSpec, own_mount: &OwnMount) -> Result<Vec<Use>> {
             }
             let writes = part != Part::BackingFile && !spec.is_read_only();
             let (path, identity) = (path.to_owned(), identity(&metadata));
-            uses.push(Use { disk: disk.clone(), part, path, identity, writes, shares: spec.force_share });
+            let (shares, snapshot) = (spec.force_share, spec.snapshot.is_some());
+            uses.push(Use { disk: disk.clone(), part, path, identity, writes, shares, snapshot });
         }
         Ok(())
     })?;
@@ -184,6 +195,7 @@ pub fn check_added(spec: &DiskSpec, mountpoint: &Path, fleece: &Fleece) -> Resul
             format: Some(disk.format()),
             read_only: disk.read_only(),
             force_share: disk.is_shared(),
+            snapshot: disk.internal_snapshot().map(str::to_owned),
             ..DiskSpec::default()
         };
         for other in uses_of(&served, &own_mount)? {

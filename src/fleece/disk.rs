@@ -147,6 +147,11 @@ impl Disk {
         self.image.is_shared()
     }
 
+    /// The internal snapshot of the image that is served, by name.
+    pub fn internal_snapshot(&self) -> Option<&str> {
+        self.image.snapshot()
+    }
+
     /// The image's file.
     pub fn image_path(&self) -> &Path {
         self.image.path()

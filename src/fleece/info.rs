@@ -61,6 +61,9 @@ pub struct DiskInfo {
     pub image: PathBuf,
     /// The image's format.
     pub format: String,
+    /// The internal snapshot of the image that is served, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Size in bytes.
     pub size: u64,
     /// Whether guest writes are refused.
@@ -182,6 +185,7 @@ impl Fleece {
             uuid: disk.uuid(),
             image: disk.image_path().to_owned(),
             format: disk.format().to_string(),
+            snapshot: disk.internal_snapshot().map(str::to_owned),
             size: disk.size(),
             read_only: disk.read_only(),
             state: disk.state.path(""),

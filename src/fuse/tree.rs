@@ -163,7 +163,12 @@ impl Tree {
     fn attr(&self, node: &Node, handle: Option<u64>) -> Result<Attr> {
         let (size, blocks, time_ns) = self.extent(node, handle)?;
         let (attr_ttl, entry_ttl) = Attr::ttls(node);
-        let perm = Attr::perm(node, self.mode);
+        let mut perm = Attr::perm(node, self.mode);
+        if let Node::Live(uuid) = node
+            && self.disk(*uuid)?.read_only()
+        {
+            perm &= 0o444;
+        }
         Ok(Attr { ino: node.ino(), kind: node.kind(), size, blocks, time_ns, perm, attr_ttl, entry_ttl })
     }
 

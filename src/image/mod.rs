@@ -195,6 +195,10 @@ pub trait Image: Send + Sync + Debug {
     fn is_shared(&self) -> bool {
         false
     }
+    /// The internal snapshot that is served instead of the disk as it is.
+    fn snapshot(&self) -> Option<&str> {
+        None
+    }
     /// Whether the medium is a block device: foreign writers leave no time stamp there.
     fn is_block_device(&self) -> bool;
 }

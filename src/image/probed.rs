@@ -161,6 +161,10 @@ impl Image for ProbedRaw {
         self.image.is_shared()
     }
 
+    fn snapshot(&self) -> Option<&str> {
+        self.image.snapshot()
+    }
+
     fn is_block_device(&self) -> bool {
         self.image.is_block_device()
     }

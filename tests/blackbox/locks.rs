@@ -401,7 +401,7 @@ fn one_file_is_not_written_by_one_disk_and_used_by_another() {
 }
 
 #[test]
-fn a_disk_and_its_internal_snapshot_are_served_together_for_reading_only() {
+fn a_disk_and_its_internal_snapshot_are_served_together() {
     requires!("qemu-img", "qemu-io");
     let files = Files::new();
     let mnt = files.rig.mount_point("mnt");
@@ -415,12 +415,28 @@ fn a_disk_and_its_internal_snapshot_are_served_together_for_reading_only() {
     refused(
         &fleecefs(args!["mount", "--disk", writer, "--disk", disk("snapshot=s"), &mnt]),
         2,
-        &["already served as disk 'top', which writes to it"],
+        &[
+            "already served as disk 'top', which writes to it",
+            "serve the internal snapshot in another mount, with force-share",
+        ],
     );
     let top = format!("file={},read-only", files.top.display());
     let mount = files.rig.mount(args!["--disk", disk("snapshot=s"), "--disk", top]);
     mount.snap("both");
-    assert!(fs::read(mount.view("both", "old")).unwrap() == fs::read(mount.view("both", "top")).unwrap());
+    let frozen = fs::read(mount.view("both", "old")).unwrap();
+    assert!(frozen == fs::read(mount.view("both", "top")).unwrap());
+    mount.umount();
+    let mount = files.rig.mount([&files.top]);
+    let beside = Mount::at(files.rig.mount_point("beside"), args!["--disk", disk("snapshot=s,force-share")]);
+    let guest = mount.guest("top");
+    for at in (0..frozen.len() as u64).step_by(32 << 10) {
+        guest.write_all_at(b"of the guest", at).unwrap();
+    }
+    guest.sync_all().unwrap();
+    assert!(fs::read(beside.live("old")).unwrap() == frozen, "the snapshot is what it was");
+    assert!(fs::read(mount.live("top")).unwrap() != frozen);
+    beside.umount();
+    drop(guest);
     mount.umount();
     files.are_free();
 }

@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 const MIB: u64 = 1 << 20;
@@ -86,6 +86,10 @@ fn an_internal_snapshot_is_a_disk() {
     let mount = rig.mount(args!["--disk", format!("file={},format=qcow2,snapshot=before", top.display())]);
     assert!(fs::read(mount.live("vda")).unwrap() == expected);
     assert_ne!(expected, qemu_bytes(&rig, &top));
+    assert_eq!(mount.status()["disks"][0]["snapshot"], "before");
+    let shown = stdout(&mount.run("status", args![]));
+    assert!(shown.contains("vda.qcow2 (snapshot before)"), "{shown}");
+    assert_eq!(fs::metadata(mount.live("vda")).unwrap().mode() & 0o777, 0o400);
     mount.umount();
     let mnt = rig.mount_point("mnt");
     let wrong = fleecefs(args!["mount", "--disk", format!("file={},snapshot=none", top.display()), &mnt]);

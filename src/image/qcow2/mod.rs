@@ -104,6 +104,8 @@ pub struct Qcow2Image {
     mapping: Mapping,
     decompressor: Decompressor,
     snapshots: Vec<Snapshot>,
+    /// Which of them is served, if one is.
+    snapshot: Option<String>,
     file: Arc<HostFile>,
     /// The external data file.
     data: Option<Arc<HostFile>>,
@@ -139,8 +141,8 @@ pub struct Parts {
 }
 
 impl Qcow2Image {
-    /// Opens an image, and what lies below it; an internal snapshot for reading only. For reading, nothing is created or changed; for writing, an image that was
-    /// not closed is repaired first. EBUSY where somebody else uses one of the files in another way.
+    /// Opens an image, and what lies below it; an internal snapshot for reading only. For reading, nothing is created or
+    /// changed; for writing, an image that was not closed is repaired first. EBUSY where somebody else uses one of the files in another way.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Qcow2Image> {
         let read_only = options.read_only || options.snapshot.is_some();
         chain::open(path, &OpenOptions { read_only, ..options.clone() })
@@ -164,10 +166,12 @@ impl Qcow2Image {
     fn new(files: Files, backing: Option<Arc<dyn Image>>, options: &OpenOptions) -> Result<Qcow2Image> {
         let Files { mut header, file, data, found, keep_bytes } = files;
         let snapshots = snapshots::read(&header, &file)?;
-        let (l1, size) = match options.snapshot.as_deref().map(|name| snapshots::find(&snapshots, name)).transpose()? {
+        let snapshot = options.snapshot.as_deref().map(|name| snapshots::find(&snapshots, name)).transpose()?;
+        let (l1, size) = match snapshot {
             Some(snapshot) => ((snapshot.l1_table_offset, snapshot.l1_size), snapshot.disk_size),
             None => ((header.l1_table_offset, header.l1_size), header.size),
         };
+        let snapshot = snapshot.map(|snapshot| snapshot.name.clone());
         let cache_bytes = options.l2_cache_bytes.unwrap_or(CACHE_BYTES);
         // What may grow gets room for more than its size needs now.
         let cached_size = if file.image.read_only() { size } else { MAX_DISK_BYTES };
@@ -198,6 +202,7 @@ impl Qcow2Image {
             mapping,
             decompressor,
             snapshots,
+            snapshot,
             file,
             data,
             backing,
@@ -379,6 +384,10 @@ impl Image for Qcow2Image {
 
     fn is_shared(&self) -> bool {
         self.file.image.is_shared()
+    }
+
+    fn snapshot(&self) -> Option<&str> {
+        self.snapshot.as_deref()
     }
 
     fn is_block_device(&self) -> bool {

@@ -12,6 +12,8 @@ mod differential;
 mod flips;
 #[path = "qcow2/malformed.rs"]
 mod malformed;
+#[path = "qcow2/media.rs"]
+mod media;
 #[path = "qcow2/qemu.rs"]
 mod qemu;
 #[path = "qcow2/writing.rs"]

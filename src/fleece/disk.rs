@@ -435,6 +435,10 @@ impl Disk {
                 "not from 1 byte to 1 EiB",
             ));
         }
+        if self.image.format() == Format::Qcow2 && !size.is_multiple_of(512) {
+            let why = "the new size of a qcow2 image must be a multiple of 512";
+            return Err(Error::new(errno::EINVAL, format!("size {size} of disk '{}'", self.name), why));
+        }
         self.reap();
         self.keep_disabled()?;
         let gate = self.gate.write();

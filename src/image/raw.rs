@@ -86,6 +86,16 @@ impl RawImage {
         })
     }
 
+    /// Takes notice of a block device that was made longer; gives the size.
+    pub fn look_at_growth(&self) -> Result<u64> {
+        if self.is_block_device {
+            let size = self.storage.len()?;
+            check_size(size, self.storage.path())?;
+            self.size.fetch_max(size, Ordering::AcqRel);
+        }
+        Ok(self.size())
+    }
+
     fn error(&self, errno: i32, what: &str, why: &str, offset: u64) -> Error {
         Error::new(errno, what, why).at_path(self.storage.path()).at_offset(offset)
     }

@@ -118,6 +118,7 @@ fn a_guest_writes_to_a_qcow2_chain_and_the_view_stays() {
     let frozen = fs::read(mount.live("vda")).unwrap();
     write(1_050_000, 3, 70_000);
     write(5 << 20, 4, 1 << 20);
+    refused(&mount.run("disk resize", args!["vda", "9000001"]), 2, &["9000001", "multiple of 512"]);
     mount.done("disk resize", args!["vda", "9M"]);
     content.resize(9 << 20, 0);
     assert!(fs::read(mount.live("vda")).unwrap() == content);

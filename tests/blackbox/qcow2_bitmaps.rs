@@ -271,6 +271,30 @@ fn an_older_copy_of_the_image_means_everything() {
 }
 
 #[test]
+fn an_image_whose_header_has_no_room_for_bitmaps_is_closed_well() {
+    requires!("qemu-img");
+    let rig = Rig::new();
+    // Header, the name of the backing file, and no 24 bytes more in a cluster of 512.
+    let base = rig.path(&"b".repeat(200)).with_file_name("b".repeat(250));
+    let image = rig.path("vda.qcow2");
+    ok(tool("qemu-img").args(["create", "-q", "-f", "raw"]).arg(&base).arg("1M"));
+    let name = "./".repeat(45) + base.file_name().unwrap().to_str().unwrap();
+    ok(tool("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-F", "raw", "-b", &name])
+        .arg(&image));
+    for round in 0..2 {
+        let mount = rig.mount([&image]);
+        mount.snap(&format!("c{round}"));
+        guest_writes(&mount, &[3]);
+        mount.umount();
+        check(&image);
+        let info: Value =
+            serde_json::from_str(&ok(tool("qemu-img").args(["info", "--output=json"]).arg(&image))).unwrap();
+        assert_eq!(info["dirty-flag"], false);
+    }
+}
+
+#[test]
 fn a_repair_by_qemu_keeps_internal_snapshots() {
     requires!("qemu-img", "qemu-io");
     let rig = Rig::new();

@@ -266,12 +266,15 @@ fn refcounts_that_are_not_there_are_refused_for_writing_and_do_not_matter_for_re
         ("entry 0", |f| put64(f, C, 1 << 50)),
         ("entry 3", |f| put64(f, C + 24, 1 << 40 | 1)),
         ("entry 1", |f| put64(f, C + 8, REFCOUNT_BLOCK * C)),
+        ("an L2 table at host offset 8192 lies where", |f| put64(f, L1 * C + 8, 1 << 63 | (REFCOUNT_BLOCK * C))),
         ("lies in the clusters of l1_table_offset", |f| put64(f, C + 8, L1 * C)),
         ("lies in the clusters of the L1 table of a snapshot", |f| put64(f, C, SNAPSHOT_L1 * C)),
     ];
     for (name, break_it) in breaks {
         let build = Build::small();
         let mut file = build.bytes();
+        // Room for a second L2 table, of which nothing is read.
+        put32(&mut file, 36, 2);
         or64(&mut file, 88, 1 << 62);
         break_it(&mut file);
         std::fs::write(&path, &file).unwrap();

@@ -2,7 +2,7 @@
 
 use fleecefs::image::{Image, OpenOptions};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -38,11 +38,10 @@ pub fn arg(path: &Path) -> &str {
 
 /// What QEMU reads from an image.
 pub fn qemu_bytes(image: &Path, options: &[&str]) -> Vec<u8> {
-    let raw: PathBuf = image.with_extension("expected");
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("raw");
     run("qemu-img", &[&["convert", "-f", "qcow2", "-O", "raw"], options, &[arg(image), arg(&raw)]].concat());
-    let bytes = std::fs::read(&raw).unwrap();
-    std::fs::remove_file(raw).unwrap();
-    bytes
+    std::fs::read(&raw).unwrap()
 }
 
 /// Opens an image for reading.

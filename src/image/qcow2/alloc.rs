@@ -84,6 +84,8 @@ pub struct Allocator {
     settling: BTreeMap<u64, u64>,
     /// Clusters that must not be handed out: first, end and what they hold.
     protected: BTreeMap<u64, (u64, &'static str)>,
+    /// See [`Allocator::note_leaks`].
+    leaks: bool,
 }
 
 impl Allocator {
@@ -116,6 +118,7 @@ impl Allocator {
             freed: BTreeMap::new(),
             settling: BTreeMap::new(),
             protected: BTreeMap::from([(0, (1, "the header"))]),
+            leaks: false,
         })
     }
 
@@ -137,6 +140,16 @@ impl Allocator {
     /// Where the refcounts lie; it changes when [`Allocator::write_refcounts`] switches to a grown table.
     pub fn place(&self) -> Place {
         self.place
+    }
+
+    /// Clusters are counted that nothing may refer to: only a check finds them.
+    pub fn note_leaks(&mut self) {
+        self.leaks = true;
+    }
+
+    /// Whether [`Allocator::note_leaks`] was called.
+    pub fn leaks(&self) -> bool {
+        self.leaks
     }
 
     /// Keeps clusters that hold known metadata from being handed out, whatever their refcount says.

@@ -111,7 +111,9 @@ pub fn change(storage: &dyn Storage, allocator: &mut Allocator, changes: &[Chang
             return Err(e);
         }
     };
-    let header = header_write::update(storage, |header| set.publish(header, offset))?;
+    // Which set counts is open where that fails: the clusters of neither are used again.
+    let switched = header_write::update(storage, |header| set.publish(header, offset));
+    let header = switched.inspect_err(|_| allocator.note_leaks())?;
     if let Some(old) = &old {
         release(storage, allocator, &header, old, &set.replaced);
     }

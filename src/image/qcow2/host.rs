@@ -140,12 +140,12 @@ impl HostFile {
         self.tables.write().remove(&offset);
     }
 
-    /// Refuses, with EIO, to write guest data into a cluster that is an L2 table or a refcount block.
-    pub fn check_not_table(&self, cluster: HostOffset) -> Result<()> {
+    /// Refuses, with EIO, to put something into a cluster that is an L2 table or a refcount block.
+    pub fn check_not_table(&self, what: &str, cluster: HostOffset) -> Result<()> {
         if !self.tables.read().contains(&cluster.0) {
             return Ok(());
         }
-        let why = format!("a data cluster at host offset {cluster} is an L2 table or a refcount block");
+        let why = format!("{what} at host offset {cluster} lies where an L2 table or a refcount block is");
         Err(Error::new(errno::EIO, "qcow2 image", why)
             .at_path(self.path())
             .hint("the image is damaged: end all use of it, then run: fleecefs check IMAGE"))
@@ -170,6 +170,9 @@ impl HostFile {
             return Ok(());
         }
         if self.image.is_block_device() {
+            if bytes <= self.image.look_at_growth()? {
+                return Ok(());
+            }
             let why = format!("the block device is full: it has {} bytes", self.bytes());
             return Err(Error::new(errno::ENOSPC, "allocate", why).at_path(self.path()).hint("enlarge the device"));
         }
@@ -188,9 +191,12 @@ impl HostFile {
         (known.then_some(u64::from_be_bytes(now)), written)
     }
 
-    /// The part of a range that is in the file.
-    fn inside(&self, offset: u64, len: u64) -> u64 {
-        self.bytes().saturating_sub(offset).min(len)
+    /// Zeros in the part of a range that is in the file; what lies behind its end reads as zeros.
+    fn zero_inside(&self, offset: u64, len: u64, discard: bool) -> Result<()> {
+        match self.bytes().saturating_sub(offset).min(len) {
+            0 => Ok(()),
+            inside => self.image.write_zeroes(offset, inside, discard),
+        }
     }
 }
 
@@ -263,14 +269,14 @@ impl Storage for HostFile {
     fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         // Once before and once after, so that no sync in between counts it as done.
         self.punches.fetch_add(1, Ordering::SeqCst);
-        let punched = self.image.write_zeroes(offset, self.inside(offset, len), true);
+        let punched = self.zero_inside(offset, len, true);
         self.punches.fetch_add(1, Ordering::SeqCst);
         punched
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.punches.fetch_add(1, Ordering::SeqCst);
-        let written = self.image.write_zeroes(offset, self.inside(offset, len), false);
+        let written = self.zero_inside(offset, len, false);
         self.punches.fetch_add(1, Ordering::SeqCst);
         written
     }

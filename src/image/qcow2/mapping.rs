@@ -289,7 +289,7 @@ impl Mapping {
                 break;
             }
             if !self.geometry.external_data {
-                data.check_not_table(host)?;
+                data.check_not_table("a data cluster", host)?;
             }
             found = Some((found.map_or(place, |(first, _)| first), (done + piece.len).min(len)));
         }

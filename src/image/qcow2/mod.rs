@@ -181,9 +181,9 @@ impl Qcow2Image {
         let writer = if file.image.read_only() {
             None
         } else {
-            prepare::note_tables(&file, &mapping, &header)?;
             // Refuses refcounts that cannot be used, before the first change; what that does may change some.
             Session::new(file.clone(), &header, keep_bytes)?;
+            prepare::note_tables(&file, &mapping, &header)?;
             prepare::begin(&mut header, &file, data.as_ref(), options.keeps_bitmaps)?;
             if header.autoclear_features & header::autoclear::BITMAPS != 0
                 && let Some(directory) = Directory::read(&*file, &header)?

@@ -122,13 +122,15 @@ fn clear_unknown(file: &HostFile, header: &mut Header) -> Result<()> {
     Ok(())
 }
 
-/// Notes where the L2 tables lie, so that no guest data are written there.
+/// Notes where the L2 tables lie, so that no guest data are written there. Refuses one where a refcount block is noted:
+/// each change of one would change the other.
 pub(super) fn note_tables(file: &HostFile, mapping: &Mapping, header: &Header) -> Result<()> {
     let (_, tables) = mapping.l1();
     let mut offsets = Vec::new();
     for raw in tables {
         // An entry that is wrong is an error where it is used.
         if let Ok(L1Entry::Table { offset, .. }) = decode_l1(raw, &header.geometry()) {
+            file.check_not_table("an L2 table", offset)?;
             offsets.push(offset.0);
         }
     }

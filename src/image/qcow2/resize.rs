@@ -45,10 +45,15 @@ impl Qcow2Image {
 
     fn grow(&self, writer: &Writer, old: u64, size: u64) -> Result<()> {
         self.grow_l1(writer, size)?;
-        if let Some(data) = &self.data
-            && data.bytes() < size
-        {
-            data.grow(size)?;
+        if let Some(data) = &self.data {
+            let there = data.bytes().clamp(old, size);
+            if self.header.has_raw_data_file() && there > old {
+                // The file shows the disk by itself, also where no entry does.
+                data.punch_hole(old, there - old)?;
+            }
+            if data.bytes() < size {
+                data.grow(size)?;
+            }
         }
         let mut at = old;
         while at < size {
@@ -128,6 +133,15 @@ impl Qcow2Image {
     fn shrink(&self, writer: &Writer, size: u64) -> Result<()> {
         writer.session.lock().begin()?;
         self.set_size(size)?;
+        // The disk has its new size: what fails from here on costs space alone.
+        if let Err(e) = self.cut(writer, size) {
+            writer.session.lock().leak(&e);
+        }
+        Ok(())
+    }
+
+    /// Frees what lies behind the end of the disk.
+    fn cut(&self, writer: &Writer, size: u64) -> Result<()> {
         let covers = self.header.geometry().l2_covers();
         let (_, tables) = self.mapping.l1();
         for index in size / covers..tables.len() as u64 {

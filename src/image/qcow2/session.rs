@@ -13,6 +13,7 @@ use super::host::HostFile;
 use super::refcount::{Place, Width};
 use super::tables::{CompressedAt, HostOffset};
 use crate::error::{Error, Result, errno};
+use crate::image::Image;
 use crate::image::persistent::Change;
 use crate::storage::Storage;
 use std::ops::Range;
@@ -34,8 +35,6 @@ pub struct Session {
     dirty: bool,
     /// It is set, durably.
     marked: bool,
-    /// Clusters are counted that nothing refers to: the image stays dirty, and the next open finds them.
-    leaks: bool,
     /// Version 2: counted, but not handed out.
     ahead: Range<u64>,
     /// Clusters from here on were never used: they read as zeros whatever happens.
@@ -44,6 +43,8 @@ pub struct Session {
     keep_bytes: u64,
     /// Refcount blocks that are noted as tables.
     noted_blocks: usize,
+    /// Where the file's areas have the refcount table.
+    noted_table: HostOffset,
 }
 
 /// Clusters in a row.
@@ -73,7 +74,9 @@ impl Session {
         for offset in alloc.block_offsets() {
             file.check("a refcount block", HostOffset(offset), 1)?;
         }
-        for (start, end, name) in file.areas() {
+        // The allocator knows where the refcount table lies, also when it moves.
+        let fixed = |(start, ..): &(u64, u64, &str)| *start != header.refcount_table_offset.0;
+        for (start, end, name) in file.areas().into_iter().filter(fixed) {
             alloc.protect(start >> header.cluster_bits..end >> header.cluster_bits, name);
         }
         let mut session = Session {
@@ -85,12 +88,12 @@ impl Session {
             incompatible_features: header.incompatible_features,
             dirty: false,
             marked: false,
-            leaks: false,
             ahead: 0..0,
             keep_bytes,
             noted_blocks: 0,
+            noted_table: header.refcount_table_offset,
         };
-        session.note_blocks();
+        session.note_blocks()?;
         Ok(session)
     }
 
@@ -98,12 +101,11 @@ impl Session {
     pub fn allocate(&mut self, count: u64) -> Result<Clusters> {
         self.begin()?;
         let range = if self.version == 2 { self.allocate_counted(count)? } else { self.alloc.allocate(count)? };
-        self.note_blocks();
         let offset = HostOffset(range.start << self.cluster_bits);
         let fresh = range.start >= self.fresh_from;
         self.fresh_from = self.fresh_from.max(range.end);
         let clusters = Clusters { offset, count: range.end - range.start, fresh };
-        if let Err(e) = self.make_room(range) {
+        if let Err(e) = self.make_room(range).and_then(|()| self.note_blocks()) {
             self.take_back(&clusters);
             return Err(e);
         }
@@ -113,7 +115,7 @@ impl Session {
     /// Clusters can be written to: they are no tables, and the file reaches over them.
     fn make_room(&mut self, clusters: Range<u64>) -> Result<()> {
         for cluster in clusters.clone() {
-            self.file.check_not_table(HostOffset(cluster << self.cluster_bits))?;
+            self.file.check_not_table("a new cluster", HostOffset(cluster << self.cluster_bits))?;
         }
         self.file.grow(clusters.end << self.cluster_bits)
     }
@@ -140,9 +142,8 @@ impl Session {
     pub fn allocate_row(&mut self, count: u64) -> Result<Clusters> {
         self.begin()?;
         let row = self.alloc.allocate_row(count)?;
-        self.note_blocks();
         self.fresh_from = self.fresh_from.max(row.end);
-        let grown = self.file.grow(row.end << self.cluster_bits);
+        let grown = self.file.grow(row.end << self.cluster_bits).and_then(|()| self.note_blocks());
         let counted = grown.and_then(|()| if self.version == 2 { self.alloc.write_refcounts() } else { Ok(()) });
         if let Err(e) = counted {
             self.give_back(row);
@@ -165,10 +166,10 @@ impl Session {
 
     /// Clusters can be neither used nor freed, for this reason.
     pub fn leak(&mut self, e: &Error) {
-        if !self.leaks {
+        if !self.alloc.leaks() {
             log::warn!("{e}; clusters leak until the image is opened again");
         }
-        self.leaks = true;
+        self.alloc.note_leaks();
     }
 
     /// Whether a cluster is referred to once.
@@ -210,18 +211,26 @@ impl Session {
         self.begin()?;
         let changed = bitmaps::change(&*self.file, &mut self.alloc, changes);
         self.fresh_from = self.fresh_from.max(self.alloc.end());
-        self.note_blocks();
-        // Where the header was reached, the clusters of either set are nobody's.
-        self.leaks |= changed.is_err();
-        changed
+        let noted = self.note_blocks();
+        changed.and_then(|header| noted.map(|()| header))
     }
 
-    fn note_blocks(&mut self) {
+    /// Notes where the refcounts lie now; the file reaches over them.
+    fn note_blocks(&mut self) -> Result<()> {
         let count = self.alloc.block_count();
         if count != self.noted_blocks {
             self.file.note_tables(self.alloc.block_offsets());
             self.noted_blocks = count;
         }
+        let place = self.alloc.place();
+        let table = HostOffset(place.table_offset);
+        if table != self.noted_table {
+            let bytes = place.table_clusters * place.cluster_bytes();
+            self.file.forget(self.noted_table);
+            self.noted_table = table;
+            self.file.reserve("the refcount table", table, bytes, place.cluster_bytes())?;
+        }
+        Ok(())
     }
 
     /// Ends the session: refcounts are right and durable, the dirty bit is clear unless clusters leaked, the file ends with
@@ -231,10 +240,11 @@ impl Session {
         self.alloc.take_back(ahead)?;
         self.alloc.write_refcounts()?;
         let end = (self.alloc.end() << self.cluster_bits).max(self.keep_bytes);
-        if end < self.file.bytes() {
+        // A block device keeps its length.
+        if end < self.file.bytes() && !self.file.image.is_block_device() {
             self.file.set_len(end)?;
         }
-        if self.dirty && !self.leaks {
+        if self.dirty && !self.alloc.leaks() {
             // Where that fails, the bit may be clear all the same.
             self.marked = false;
             self.incompatible_features = set_dirty(&*self.file, self.incompatible_features, false)?;

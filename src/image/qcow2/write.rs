@@ -266,7 +266,7 @@ impl Qcow2Image {
             && !geometry.external_data
         {
             self.data().check("a data cluster", *host, 1)?;
-            self.data().check_not_table(*host)?;
+            self.data().check_not_table("a data cluster", *host)?;
             *copied = *copied || writer.session.lock().is_own(*host)?;
         }
         let Content::Zeros { discard } = content else { return Ok(self.plan_data(guest, part, raw, parts)) };

@@ -1,10 +1,11 @@
 //! `fleecefs check`: whether a qcow2 image agrees with itself, and its repair. The names in the JSON are those of
 //! `qemu-img check`.
 
-use super::local::{LocalArgs, LocalFormat, not_for};
+use super::local::LocalArgs;
 use super::output::{Out, Style, printable};
 use super::{Exit, JsonArg};
 use crate::error::{Error, Result, errno};
+use crate::image::Format;
 use crate::image::qcow2::check::{Kind, Repair, Report, check, repair};
 use crate::storage::Storage;
 use crate::units::human_size;
@@ -39,8 +40,10 @@ impl CheckArgs {
     /// Runs the command. Exit code 1 where faults are left.
     pub fn run(&self) -> Result<Exit> {
         let local = self.image.open(self.repair.is_some(), self.force_share)?;
-        if local.format == LocalFormat::Raw {
-            return Err(not_for("check", "raw", &self.image));
+        if local.format == Format::Raw {
+            return Err(
+                Error::new(errno::EOPNOTSUPP, "check", "raw images have nothing to check").at_path(&self.image.image)
+            );
         }
         let (before, after) = match self.repair {
             None => {
@@ -140,6 +143,6 @@ fn human(before: &Report, after: &Report, file_bytes: u64, repaired: bool) -> Ve
         share(after.compressed_clusters, after.allocated_clusters),
     ));
     let (end, file) = (human_size(after.image_end_offset), human_size(file_bytes));
-    lines.push(format!("The image ends at {} ({end}) of its file's {file}.", after.image_end_offset));
+    lines.push(format!("The image ends at {} ({end}); its file has {file}.", after.image_end_offset));
     lines
 }

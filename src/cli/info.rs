@@ -1,9 +1,10 @@
 //! `fleecefs info`: what an image is and holds. The names in the JSON are those of `qemu-img info`.
 
-use super::local::{Local, LocalArgs, LocalFormat};
+use super::local::{Local, LocalArgs};
 use super::output::{Out, Table, printable};
 use super::{Exit, JsonArg};
 use crate::error::{Error, Result};
+use crate::image::Format;
 use crate::image::qcow2::bitmaps_format::{Directory, Entry};
 use crate::image::qcow2::header::{Compression, Encryption, Header, compatible};
 use crate::image::qcow2::look_at_header;
@@ -63,7 +64,7 @@ impl InfoArgs {
 fn gather(local: &Local, path: &Path) -> Result<Info> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::io("look at", e).at_path(path))?;
     let stored_bytes = (!local.file.is_block_device()).then(|| metadata.blocks() * 512);
-    if local.format == LocalFormat::Raw {
+    if local.format == Format::Raw {
         // The size of a disk is in sectors of 512 bytes, as QEMU rounds it.
         let virtual_bytes = local.file.len()?.next_multiple_of(512);
         return Ok(Info { format: "raw", virtual_bytes, stored_bytes, qcow2: None });

@@ -1,11 +1,12 @@
 //! Images that commands look at themselves, without a mount: opened, locked as QEMU locks them, their format known.
 
-use crate::error::{Error, Result, errno};
-use crate::image::qcow2::header::MAGIC;
-use crate::storage::Storage;
+use super::spec::format_by_name;
+use crate::error::{Result, errno};
+use crate::image::Format;
+use crate::image::probed::probe_file;
 use crate::storage::lock::{Access, ImageLock};
 use crate::storage::os::{OpenOptions, OsFile};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use std::path::PathBuf;
 
 /// The image of a command.
@@ -14,23 +15,14 @@ pub struct LocalArgs {
     /// The image
     pub image: PathBuf,
     /// Its format; without it a qcow2 image is known by its first bytes
-    #[arg(short, long, value_name = "FMT")]
-    pub format: Option<LocalFormat>,
-}
-
-/// Formats by the names that QEMU gives them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LocalFormat {
-    /// The bytes of the disk, nothing else
-    Raw,
-    /// QEMU's image format
-    Qcow2,
+    #[arg(short, long, value_name = "FMT", value_parser = format_by_name)]
+    pub format: Option<Format>,
 }
 
 /// An open image.
 pub struct Local {
     /// Its format.
-    pub format: LocalFormat,
+    pub format: Format,
     /// Its file; before the lock, which outlives it.
     pub file: OsFile,
     _lock: ImageLock,
@@ -53,19 +45,8 @@ impl LocalArgs {
         })?;
         let format = match self.format {
             Some(format) => format,
-            None => probe(&file)?,
+            None => probe_file(&file)?,
         };
         Ok(Local { format, file, _lock: lock })
     }
-}
-
-fn probe(file: &OsFile) -> Result<LocalFormat> {
-    let mut magic = [0; MAGIC.len()];
-    file.read_at(&mut magic, 0)?;
-    Ok(if magic == MAGIC { LocalFormat::Qcow2 } else { LocalFormat::Raw })
-}
-
-/// The error of a command that a format has no answer to.
-pub fn not_for(what: &str, format: &str, args: &LocalArgs) -> Error {
-    Error::new(errno::EOPNOTSUPP, what, format!("{format} images have nothing to check")).at_path(&args.image)
 }

@@ -1,7 +1,7 @@
 //! `fleecefs mount`: parses and checks everything before anything is touched.
 
 use super::Exit;
-use super::spec::{l2_cache_size, parse_disk_option, parse_format, parse_image};
+use super::spec::{format_by_name, l2_cache_size, parse_disk_option, parse_image};
 use crate::daemon::{self, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
 use crate::fleece::{Options, StoreErrorPolicy};
@@ -24,7 +24,7 @@ pub struct MountArgs {
     #[arg(short = 'U', long)]
     force_share: bool,
     /// Format of the images
-    #[arg(short = 'f', value_name = "FMT", value_parser = |text: &str| parse_format(text).map_err(|e| e.to_string()))]
+    #[arg(short = 'f', value_name = "FMT", value_parser = format_by_name)]
     format: Option<Format>,
     /// Mount option, for example noexec
     #[arg(short = 'o', value_name = "FUSEOPT", value_delimiter = ',')]

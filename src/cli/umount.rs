@@ -122,16 +122,17 @@ impl Process {
 }
 
 /// When a process started, in ticks since boot (proc_pid_stat(5), field 22); `None` where there is none, or only its
-/// exit code is left.
+/// exit code is left. A first thread that has ended leaves the others (field 20) with all open files, and their locks.
 fn start_of(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 2 is the name in parentheses, which may hold anything.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace();
     let state = fields.next()?;
-    if matches!(state, "Z" | "X") {
+    let threads: u64 = fields.nth(16)?.parse().ok()?;
+    if matches!(state, "Z" | "X") && threads <= 1 {
         return None;
     }
-    fields.nth(18).map(str::to_owned)
+    fields.nth(1).map(str::to_owned)
 }
 
 #[cfg(test)]

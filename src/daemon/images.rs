@@ -131,9 +131,6 @@ fn uses_of(spec: &DiskSpec, own_mount: &OwnMount) -> Result<Vec<Use>> {
 /// Checks one image by itself, and gives the files that it needs.
 fn check_image(spec: &DiskSpec, options: &Options, mountpoint: &Path, own_mount: &OwnMount) -> Result<Vec<Use>> {
     let file = &spec.file;
-    if let Some(name) = &spec.name {
-        check_disk_name(name).map_err(|e| e.context(format!("image {}", file.display())))?;
-    }
     own_mount.refuse("image", file)?;
     let metadata = fs::metadata(file).map_err(|e| Error::io("image", e).at_path(file))?;
     if metadata.is_dir() {
@@ -143,6 +140,9 @@ fn check_image(spec: &DiskSpec, options: &Options, mountpoint: &Path, own_mount:
     }
     if !metadata.is_file() && !metadata.file_type().is_block_device() {
         return Err(Error::new(errno::EINVAL, "image", "neither a regular file nor a block device").at_path(file));
+    }
+    if let Some(name) = &spec.name {
+        check_disk_name(name).map_err(|e| e.context(format!("image {}", file.display())))?;
     }
     if metadata.is_file() && !spec.is_read_only() {
         let name = spec.name.clone().unwrap_or_else(|| default_name(file));

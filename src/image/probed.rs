@@ -51,15 +51,19 @@ fn is_vmdk_text(sector: &[u8]) -> bool {
 
 /// The format of the image at `path`. EOPNOTSUPP where it is one that cannot be read.
 pub fn probe(path: &Path) -> Result<Format> {
-    let file = OsFile::open(path, &OpenOptions { noatime: true, ..Default::default() })?;
+    probe_file(&OsFile::open(path, &OpenOptions { noatime: true, ..Default::default() })?)
+}
+
+/// The format of the image in a file. EOPNOTSUPP where it is one that cannot be read.
+pub fn probe_file(file: &dyn Storage) -> Result<Format> {
     let mut sector = [0; SECTOR_BYTES];
     file.read_at(&mut sector, 0)?;
     match magic_of(&sector) {
         None => Ok(Format::Raw),
         Some("qcow2") => Ok(Format::Qcow2),
         Some(name) => Err(Error::new(errno::EOPNOTSUPP, "open", format!("a {name} image, which cannot be served"))
-            .at_path(path)
-            .hint("convert it with qemu-img convert, or give -f raw to serve its bytes as they are")),
+            .at_path(file.path())
+            .hint("convert it with qemu-img convert, or give -f raw to take its bytes as they are")),
     }
 }
 

@@ -391,7 +391,10 @@ impl Drop for Mount {
 
 /// A process that runs, not one that waits to be reaped.
 pub fn alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+    // A zombie with other threads (field 20 of proc_pid_stat(5)) has files open.
+    let threads =
+        |stat: &str| stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(17)?.parse::<u32>().ok());
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ") || threads(&stat) > Some(1))
 }
 
 pub fn is_mounted(dir: &Path) -> bool {

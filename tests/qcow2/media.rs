@@ -4,7 +4,6 @@ use crate::differential::Random;
 use crate::qemu::*;
 use crate::writing::{change_and_compare, open_rw};
 use fleecefs::error::errno;
-use fleecefs::image::Image;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

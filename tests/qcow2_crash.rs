@@ -2,7 +2,8 @@
 //!
 //! A session of a guest is recorded change by change as it reaches the medium, then cut at every change. Each image
 //! that a crash may leave there is opened by us, which repairs it, and some by QEMU; `judge` says what must hold of it.
-//! `FLEECEFS_FULL=1` judges more than 20,000 images, and QEMU 500 of them.
+//! `FLEECEFS_FULL=1` judges more than 20,000 images, and `qemu-img check -r all` repairs 500 of them; each test tells
+//! how many it has judged.
 
 #![cfg(not(any(feature = "shuttle", loom)))]
 
@@ -20,5 +21,7 @@ mod power;
 mod qemu;
 #[path = "qcow2_crash/recorder.rs"]
 mod recorder;
+#[path = "qcow2_crash/scripts.rs"]
+mod scripts;
 #[path = "qcow2_crash/session.rs"]
 mod session;

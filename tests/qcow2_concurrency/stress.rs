@@ -7,6 +7,7 @@ use fleecefs::image::Image;
 use fleecefs::image::qcow2::Qcow2Image;
 use fleecefs::image::qcow2::check::check;
 use fleecefs::storage::os::{OpenOptions, OsFile};
+use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -30,6 +31,14 @@ impl Dice {
 /// So many times the ordinary size.
 pub fn scale() -> usize {
     if std::env::var_os("FLEECEFS_FULL").is_some() { 20 } else { 1 }
+}
+
+/// Operations that all tests of this process have asked images for.
+static ASKED: AtomicU64 = AtomicU64::new(0);
+
+/// At the end of a test, not held back as what a test prints is.
+fn tell(test: &str) {
+    let _ = writeln!(std::io::stderr(), "{test}: so far {} operations", ASKED.load(Ordering::Relaxed));
 }
 
 /// What owners do, in parts of a hundred; the rest are reads of any range.
@@ -183,6 +192,7 @@ impl Owner<'_> {
                 _ => self.read(),
             }
         }
+        ASKED.fetch_add(self.scene.operations as u64, Ordering::Relaxed);
     }
 
     fn count(&self) -> usize {
@@ -246,6 +256,7 @@ const SMALL: Recipe = Recipe::new("cluster_size=4k", 512 * K);
 fn play(test: &str, scenes: &[Scene]) {
     if has_qemu(test) {
         scenes.iter().for_each(Scene::run);
+        tell(test);
     }
 }
 
@@ -392,6 +403,7 @@ fn first_touches(recipe: Recipe, threads: usize, interleaved: bool, zeros: fn(us
                                 Some(discard) => image.write_zeroes(offset, len, discard).unwrap(),
                             }
                             cells.end(range, number);
+                            ASKED.fetch_add(1, Ordering::Relaxed);
                         }
                     }
                 });
@@ -448,6 +460,7 @@ fn first_writers_of_a_cluster_keep_each_others_bytes() {
             first_touches(recipe, threads, interleaved, |_, _| None);
         }
     }
+    tell("first_writers_of_a_cluster_keep_each_others_bytes");
 }
 
 #[test]
@@ -464,6 +477,7 @@ fn a_first_writer_beside_one_that_zeroes_keeps_its_bytes() {
             });
         }
     }
+    tell("a_first_writer_beside_one_that_zeroes_keeps_its_bytes");
 }
 
 fn threads_of(turn: usize) -> usize {
@@ -494,6 +508,7 @@ fn a_discard_beside_an_overwrite_brings_nothing_back() {
             assert!(report.is_clean(), "{report:?}");
         }
     }
+    tell("a_discard_beside_an_overwrite_brings_nothing_back");
 }
 
 fn overwrite_and_discard(image: &Qcow2Image, cluster: usize, rewrite: bool) {
@@ -531,5 +546,7 @@ fn overwrite_and_discard(image: &Qcow2Image, cluster: usize, rewrite: bool) {
             let rest = bytes[..part.start].iter().chain(&bytes[other.end..]);
             assert!(rest.into_iter().all(|byte| *byte == ground), "{what}");
         }
+        // In a round: three or four writes, a discard, two reads.
+        ASKED.fetch_add(rounds * if rewrite { 7 } else { 6 }, Ordering::Relaxed);
     });
 }

@@ -5,6 +5,7 @@ use fleecefs::image::Image;
 use fleecefs::image::qcow2::bitmaps_format::{Directory, Entry};
 use fleecefs::image::qcow2::read_header;
 use fleecefs::storage::{MemFile, SharedStorage, Storage};
+use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
@@ -42,6 +43,8 @@ pub struct Recipe {
     pub bitmaps: bool,
     /// Size that `qemu-img resize` gives it last, 0 for none.
     pub resized: u64,
+    /// The image's file is longer than its clusters reach, as after a crash or on a block device: nothing has to grow.
+    pub long: bool,
     /// The medium takes whole sectors in aligned memory only, as O_DIRECT does.
     pub direct: bool,
 }
@@ -59,6 +62,7 @@ impl Recipe {
             snapshots: false,
             bitmaps: false,
             resized: 0,
+            long: false,
             direct: false,
         }
     }
@@ -81,6 +85,15 @@ impl Recipe {
 
     pub const fn empty(self) -> Recipe {
         Recipe { filled: 0, ..self }
+    }
+
+    /// Data up to the end.
+    pub const fn full(self) -> Recipe {
+        Recipe { filled: self.size / 16384 * 16384, ..self }
+    }
+
+    pub const fn long(self) -> Recipe {
+        Recipe { long: true, ..self }
     }
 
     pub const fn resized(self, resized: u64) -> Recipe {
@@ -161,12 +174,22 @@ pub fn stamps(range: Range<u64>, seq: u64) -> Vec<u8> {
     all[(range.start - first * sector) as usize..(range.end - first * sector) as usize].to_vec()
 }
 
-/// Stamped sectors up to `bytes`, without every `gap`-th run of 4 KiB.
+/// Stamped sectors up to `bytes`, without every `gap`-th run of 4 KiB. Half of each is noise: compressed, it is not so
+/// small that a host cluster holds many guest clusters.
 fn stamped(bytes: u64, seq: u64, gap: u64) -> Vec<u8> {
     let mut all = Vec::new();
+    let mut noise = 1u64;
     for sector in 0..bytes / SECTOR as u64 {
-        let hole = gap > 0 && (sector / 8) % gap == gap - 1;
-        all.extend(if hole { [0; SECTOR] } else { stamp(sector, seq) });
+        if (sector / 8) % gap == gap - 1 {
+            all.extend([0; SECTOR]);
+            continue;
+        }
+        let mut piece = stamp(sector, seq);
+        for byte in &mut piece[SECTOR / 2..] {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            *byte = (noise >> 56) as u8 | 1;
+        }
+        all.extend(piece);
     }
     all
 }
@@ -243,6 +266,10 @@ impl Prepared {
         }
         if recipe.resized > 0 {
             run(dir, "qemu-img", &["resize", "-q", IMAGE, &recipe.resized.to_string()]);
+        }
+        if recipe.long {
+            let image = File::options().write(true).open(dir.join(IMAGE)).unwrap();
+            image.set_len(image.metadata().unwrap().len() + (4 << 20)).unwrap();
         }
         let data = recipe.has_data_file().then(|| file(DATA));
         let base = (recipe.base > 0).then(|| file(BASE));

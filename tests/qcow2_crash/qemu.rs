@@ -12,14 +12,16 @@ use std::path::Path;
 const TWIN: &str = "twin.raw";
 
 /// Lets QEMU check the image as our repair leaves it, or repair it itself, in turns by `number`; its bytes are then
-/// those of `content`.
-pub fn judge(prepared: &Prepared, left: &Medium, content: &[u8], number: usize) {
+/// those of `content`. Whether `qemu-img check -r all` repaired it.
+pub fn judge(prepared: &Prepared, left: &Medium, content: &[u8], number: usize) -> bool {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let medium = left.kill();
     let files = medium.files();
-    let v2 = prepared.recipe.is_v2();
-    let ours = number.is_multiple_of(2);
+    let recipe = &prepared.recipe;
+    let ours = number % 4 == 2;
+    // `qemu-img check -r` (10.0) loses the internal snapshots of any image in which a bitmap records.
+    let opened = !recipe.is_v2() && (number.is_multiple_of(4) || recipe.snapshots && recipe.bitmaps);
     if ours {
         let image = driver::read_write(&files, prepared, false).unwrap();
         assert!(bytes_of(&image).unwrap() == content);
@@ -30,11 +32,11 @@ pub fn judge(prepared: &Prepared, left: &Medium, content: &[u8], number: usize) 
     if !ours {
         // It can be read before anybody repairs it.
         compare(dir);
-        if number % 4 == 1 || v2 {
-            run(dir, "qemu-img", &["check", "-q", "-r", "all", "-f", "qcow2", IMAGE]);
-        } else {
+        if opened {
             // An open for writing is a repair.
             run(dir, "qemu-io", &["-f", "qcow2", "-c", "read -q 0 512", IMAGE]);
+        } else {
+            run(dir, "qemu-img", &["check", "-q", "-r", "all", "-f", "qcow2", IMAGE]);
         }
     }
     run(dir, "qemu-img", &["check", "-q", "-f", "qcow2", IMAGE]);
@@ -46,6 +48,7 @@ pub fn judge(prepared: &Prepared, left: &Medium, content: &[u8], number: usize) 
         let both = found.len().min(content.len());
         assert!(found[..both] == content[..both], "internal snapshot {name}");
     }
+    !ours && !opened
 }
 
 fn compare(dir: &Path) {

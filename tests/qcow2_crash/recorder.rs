@@ -105,7 +105,10 @@ impl Storage for Watched {
         self.note(|| Change::Write(offset, buf.to_vec()), |inner| inner.write_at(buf, offset))
     }
     fn sync(&self) -> Result<()> {
-        self.note(|| Change::Sync, |inner| inner.sync())
+        self.note(|| Change::Sync, |inner| inner.sync())?;
+        // What others write until this returns is not synced.
+        std::thread::yield_now();
+        Ok(())
     }
     fn len(&self) -> Result<u64> {
         self.inner.len()

@@ -10,6 +10,7 @@ use fleecefs::image::persistent::{Change, NewBitmap, Trust};
 use fleecefs::image::qcow2::Qcow2Image;
 use fleecefs::image::qcow2::check::check;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
 
 /// A small generator: equal seeds, equal sessions.
@@ -29,6 +30,18 @@ impl Dice {
     }
 }
 
+/// What a guest does.
+#[derive(Debug, Clone)]
+pub enum Op {
+    Write(Range<u64>),
+    Zero(Range<u64>),
+    Discard(Range<u64>),
+    Read(Range<u64>),
+    Flush,
+    Resize(u64),
+    Reopen,
+}
+
 /// A session as it went.
 #[derive(Debug)]
 pub struct Recording {
@@ -39,14 +52,15 @@ pub struct Recording {
 }
 
 /// The guest.
+#[derive(Clone)]
 struct Player<'a> {
     prepared: &'a Prepared,
     /// What is below `files`.
     medium: &'a Files,
     files: Files,
     log: Log,
-    image: Qcow2Image,
-    oracle: Oracle,
+    image: Arc<Qcow2Image>,
+    oracle: Arc<Mutex<Oracle>>,
     dice: Dice,
     /// Number of the last write.
     seq: u64,
@@ -58,43 +72,117 @@ struct Player<'a> {
     recorded: Option<Vec<u64>>,
     /// Other bitmaps whose bits are right.
     kept: Vec<String>,
+    /// Which of several guests it is; each has pieces of its own.
+    share: Option<u64>,
 }
+
+/// Guests at once, and the sectors of a piece: fewer than a cluster's.
+const GUESTS: u64 = 2;
+const PIECE_SECTORS: u64 = 3;
 
 /// Leaves a mark, as whoever keeps bitmaps does.
 const MARK: Uuid = Uuid::from_u128(0x5bd1_e995);
 
-/// Runs `count` operations on the image in `medium`, and closes it. `oracle` knows what the disk holds; its instants
-/// begin at 0.
+/// Does these things to the image in `medium`, and closes it. `oracle` knows what the disk holds; its instants begin
+/// at 0.
+pub fn play_script(prepared: &Prepared, medium: &Files, oracle: Oracle, script: &[Op]) -> Recording {
+    let mut player = Player::new(prepared, medium, oracle, 1);
+    player.begin();
+    script.iter().for_each(|op| player.act(op.clone()));
+    player.close();
+    player.recording(Vec::new())
+}
+
+/// The same with `count` things chosen by a seed.
 pub fn play(prepared: &Prepared, medium: &Files, oracle: Oracle, seed: u64, count: usize) -> Recording {
-    let log = Log::default();
-    let files = log.watch(medium, prepared.recipe.direct);
-    let mut dice = Dice::new(seed);
-    let tiny_cache = dice.roll(3) == 0;
-    let image = driver::read_write(&files, prepared, tiny_cache).unwrap();
-    let hot = (0..6).map(|_| dice.roll(oracle.size())).collect();
-    let seq = seed << 20;
-    let (steps, recorded, kept) = (Vec::new(), None, Vec::new());
-    let mut player =
-        Player { prepared, medium, files, log, image, oracle, dice, seq, hot, tiny_cache, steps, recorded, kept };
+    let mut player = Player::new(prepared, medium, oracle, seed);
     player.begin();
     for _ in 0..count {
         player.step();
     }
     player.close();
-    Recording { events: player.log.events(), oracle: player.oracle, steps: player.steps }
+    player.recording(Vec::new())
+}
+
+/// The same with several guests at once, each with sectors of its own, in the same clusters.
+pub fn play_together(prepared: &Prepared, medium: &Files, oracle: Oracle, seed: u64, count: usize) -> Recording {
+    let mut first = Player::new(prepared, medium, oracle, seed);
+    first.share = Some(0);
+    let others = (1..GUESTS).map(|share| Player {
+        dice: Dice::new(seed + share),
+        seq: first.seq + (share << 16),
+        share: Some(share),
+        ..first.clone()
+    });
+    let mut others: Vec<Player<'_>> = others.collect();
+    std::thread::scope(|scope| {
+        let all = others.iter_mut().chain([&mut first]);
+        all.for_each(|player| {
+            scope.spawn(move || (0..count).for_each(|_| player.step()));
+        });
+    });
+    first.close();
+    first.recording(others.into_iter().flat_map(|player| player.steps).collect())
+}
+
+impl<'a> Player<'a> {
+    fn new(prepared: &'a Prepared, medium: &'a Files, oracle: Oracle, seed: u64) -> Player<'a> {
+        let log = Log::default();
+        let files = log.watch(medium, prepared.recipe.direct);
+        let mut dice = Dice::new(seed);
+        let tiny_cache = dice.roll(3) == 0;
+        Player {
+            prepared,
+            medium,
+            image: Arc::new(driver::read_write(&files, prepared, tiny_cache).unwrap()),
+            files,
+            log,
+            hot: (0..6).map(|_| dice.roll(oracle.size())).collect(),
+            oracle: Arc::new(Mutex::new(oracle)),
+            dice,
+            seq: seed << 20,
+            tiny_cache,
+            steps: Vec::new(),
+            recorded: None,
+            kept: Vec::new(),
+            share: None,
+        }
+    }
+
+    fn recording(self, others: Vec<(usize, usize, String)>) -> Recording {
+        let mut steps = self.steps;
+        steps.extend(others);
+        steps.sort();
+        let oracle = self.oracle.lock().unwrap().clone();
+        Recording { events: self.log.events(), oracle, steps }
+    }
 }
 
 impl Player<'_> {
     fn step(&mut self) {
-        match self.dice.roll(100) {
-            0..52 => self.write(),
-            52..62 => self.zero(false),
-            62..74 => self.zero(true),
-            74..84 => self.flush(),
-            84..92 => self.read(),
+        let alone = self.share.is_none();
+        let op = match self.dice.roll(100) {
+            0..52 => Op::Write(self.range()),
+            52..62 => Op::Zero(self.range()),
+            62..74 => Op::Discard(self.range()),
+            74..84 => Op::Flush,
             // What becomes of bitmaps then is the matter of who keeps them.
-            92..98 if !self.prepared.recipe.bitmaps => self.resize(),
-            _ => self.reopen(),
+            92..98 if alone && !self.prepared.recipe.bitmaps => Op::Resize(self.new_size()),
+            92.. if alone => Op::Reopen,
+            _ => Op::Read(self.range()),
+        };
+        self.act(op);
+    }
+
+    fn act(&mut self, op: Op) {
+        match op {
+            Op::Write(range) => self.write(range),
+            Op::Zero(range) => self.zero(range, false),
+            Op::Discard(range) => self.zero(range, true),
+            Op::Read(range) => self.read(range),
+            Op::Flush => self.flush(),
+            Op::Resize(size) => self.resize(size),
+            Op::Reopen => self.reopen(),
         }
     }
 
@@ -139,7 +227,7 @@ impl Player<'_> {
 
     /// Where the next operation goes: whole clusters, parts of one, odd bytes, across borders.
     fn range(&mut self) -> Range<u64> {
-        let size = self.oracle.size();
+        let size = self.oracle().size();
         let cluster = self.prepared.cluster_size;
         let sector = SECTOR as u64;
         let hot = self.dice.roll(self.hot.len() as u64) as usize;
@@ -148,6 +236,9 @@ impl Player<'_> {
             7..9 => self.dice.roll(size),
             _ => size.saturating_sub(self.dice.roll(2 * cluster)),
         };
+        if let Some(share) = self.share {
+            return self.own_range(share, place, size);
+        }
         let start = place / cluster * cluster;
         let range = match self.dice.roll(8) {
             0..2 => start..start + cluster * (1 + self.dice.roll(3)),
@@ -169,41 +260,53 @@ impl Player<'_> {
         range.start.min(size - sector)..range.end.min(size)
     }
 
-    fn write(&mut self) {
-        let range = self.range();
+    /// Sectors of one of its pieces.
+    fn own_range(&mut self, share: u64, place: u64, size: u64) -> Range<u64> {
+        let sector = SECTOR as u64;
+        let turn = GUESTS * PIECE_SECTORS;
+        let near = (place / sector + self.dice.roll(2 * self.prepared.cluster_size / sector)).min(size / sector - turn);
+        let start = near / turn * turn + share * PIECE_SECTORS;
+        let first = start + self.dice.roll(PIECE_SECTORS);
+        let end = first + 1 + self.dice.roll(start + PIECE_SECTORS - first);
+        first * sector..end * sector
+    }
+
+    fn oracle(&self) -> MutexGuard<'_, Oracle> {
+        self.oracle.lock().unwrap()
+    }
+
+    fn write(&mut self, range: Range<u64>) {
         self.seq += 1;
         let bytes = stamps(range.clone(), self.seq);
         self.record(&range);
         let begun = self.log.now();
-        self.oracle.begin_write(begun, range.start, &bytes);
+        self.oracle().begin_write(begun, range.start, &bytes);
         self.image.write_at(&bytes, range.start).unwrap();
-        self.oracle.end_write(self.log.now(), range.clone());
+        self.oracle().end_write(self.log.now(), range.clone());
         self.note(begun, format!("write {range:?} with number {}", self.seq));
     }
 
-    fn zero(&mut self, discard: bool) {
-        let range = self.range();
+    fn zero(&mut self, range: Range<u64>, discard: bool) {
         let len = range.end - range.start;
         self.record(&range);
         let begun = self.log.now();
-        self.oracle.begin_write(begun, range.start, &vec![0; len as usize]);
+        self.oracle().begin_write(begun, range.start, &vec![0; len as usize]);
         self.image.write_zeroes(range.start, len, discard).unwrap();
-        self.oracle.end_write(self.log.now(), range.clone());
+        self.oracle().end_write(self.log.now(), range.clone());
         self.note(begun, format!("{} {range:?}", if discard { "discard" } else { "zero" }));
     }
 
     fn flush(&mut self) {
         let begun = self.log.now();
         self.image.flush().unwrap();
-        self.oracle.flushed(begun, self.log.now());
+        self.oracle().flushed(begun, self.log.now());
         self.note(begun, "flush".into());
     }
 
-    fn read(&mut self) {
-        let range = self.range();
+    fn read(&mut self, range: Range<u64>) {
         let mut bytes = vec![0xEE; (range.end - range.start) as usize];
         self.image.read_at(&mut bytes, range.start).unwrap();
-        let expected = self.oracle.bytes(range.clone());
+        let expected = self.oracle().bytes(range.clone());
         let differs = (bytes != expected).then(|| (0..bytes.len()).find(|at| bytes[*at] != expected[*at]));
         if let Some(at) = differs.flatten() {
             let from = at / SECTOR * SECTOR;
@@ -217,21 +320,31 @@ impl Player<'_> {
         }
     }
 
-    fn resize(&mut self) {
-        let (old, most) = (self.oracle.size(), self.oracle.most());
+    fn new_size(&mut self) -> u64 {
+        let old = self.oracle().size();
+        let most = self.oracle().most();
         let sector = SECTOR as u64;
         let near = old.saturating_sub(self.prepared.cluster_size * 2) + self.dice.roll(self.prepared.cluster_size * 5);
-        let wanted = if self.dice.roll(2) == 0 { near } else { most / 3 + self.dice.roll(most / 3 * 2) };
-        let size = (wanted / sector * sector).clamp(16 * sector, most);
+        let wanted = match self.dice.roll(4) {
+            0 => near,
+            // Where there are data.
+            1..3 => self.hot[self.dice.roll(6) as usize] + self.dice.roll(self.prepared.cluster_size),
+            _ => most / 3 + self.dice.roll(most / 3 * 2),
+        };
+        (wanted / sector * sector).clamp(16 * sector, most)
+    }
+
+    fn resize(&mut self, size: u64) {
+        let old = self.oracle().size();
         let begun = self.log.now();
-        let before = self.oracle.clone();
-        self.oracle.begin_resize(begun, size);
+        let before = self.oracle().clone();
+        self.oracle().begin_resize(begun, size);
         match self.image.resize(size) {
-            Ok(()) => self.oracle.end_resize(self.log.now()),
-            Err(e) if e.errno() == errno::EOPNOTSUPP => self.oracle = before,
+            Ok(()) => self.oracle().end_resize(self.log.now()),
+            Err(e) if e.errno() == errno::EOPNOTSUPP => *self.oracle() = before,
             Err(e) => panic!("resize from {old} to {size}: {e}\n{}", self.story()),
         }
-        assert_eq!(self.image.size(), self.oracle.size());
+        assert_eq!(self.image.size(), self.oracle().size());
         self.note(begun, format!("resize from {old} to {size}"));
     }
 
@@ -240,7 +353,7 @@ impl Player<'_> {
         self.image.flush().unwrap();
         self.finish();
         self.image.close().unwrap();
-        self.oracle.flushed(begun, self.log.now());
+        self.oracle().flushed(begun, self.log.now());
         self.note(begun, "close".into());
         let report = check(&*self.medium.image).unwrap();
         assert!(report.is_clean() && !report.dirty, "after a close: {report:?}\n{}", self.story());
@@ -248,7 +361,7 @@ impl Player<'_> {
 
     fn reopen(&mut self) {
         self.close();
-        self.image = driver::read_write(&self.files, self.prepared, self.tiny_cache).unwrap();
+        self.image = Arc::new(driver::read_write(&self.files, self.prepared, self.tiny_cache).unwrap());
         self.begin();
     }
 

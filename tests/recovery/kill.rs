@@ -414,7 +414,8 @@ fn write_meanwhile(mode: Mode, n: u64) -> bool {
 }
 
 impl Rig {
-    /// The snapshot `new`, if there is one, is of one instant among the writes meanwhile, and no map misses any.
+    /// The snapshot `new`, if there is one, is of one instant among the writes meanwhile, and no map misses any. Without
+    /// its views there is no checkpoint of it either.
     fn check_instant(&mut self, fleece: &Fleece, before: &[Vec<u8>], writes: u64) {
         let mut seen = BTreeSet::new();
         if let Ok(snapshot) = fleece.snapshot("new") {
@@ -425,6 +426,9 @@ impl Rig {
                 seen.insert(count);
                 self.oracle.adopt_point(view.disk_name(), "new", frozen);
             }
+        } else {
+            let left = fleece.checkpoints().into_iter().find(|checkpoint| checkpoint.name == "new");
+            assert!(left.is_none(), "of a snapshot without views there is {left:?}");
         }
         assert!(seen.len() <= 1, "one instant for both disks: {seen:?} writes");
         self.check(fleece, "probe", MORE);

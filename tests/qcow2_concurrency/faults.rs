@@ -93,7 +93,7 @@ impl Either {
         }
     }
 
-    fn grow(&mut self, len: usize) {
+    fn resize(&mut self, len: usize) {
         self.done.resize(len, 0);
         self.failed.iter_mut().for_each(|maybe| maybe.resize(len, None));
     }
@@ -121,7 +121,7 @@ impl Either {
 enum Op {
     Write(u64, usize),
     Zero(u64, usize, bool),
-    Grow(u64),
+    Resize(u64),
     Flush,
     Read,
     Close,
@@ -144,7 +144,7 @@ fn script(prepared: &Prepared, size: u64) -> Vec<Op> {
     let c = prepared.cluster_size;
     let half = c as usize / 2;
     // Version 2 has one size for the disk and its snapshots.
-    let grows = !(prepared.recipe.is_v2() && prepared.recipe.snapshots);
+    let resizes = !(prepared.recipe.is_v2() && prepared.recipe.snapshots);
     let all = [
         Write(0, half),
         Write(c + c / 4, half),
@@ -161,7 +161,7 @@ fn script(prepared: &Prepared, size: u64) -> Vec<Op> {
         Write(6 * c, half),
         Write(7 * c, half),
         Read,
-        Grow(size + 3 * c),
+        Resize(size + 3 * c),
         Write(size + c - 600, c as usize),
         Zero(0, 4 * c as usize, true),
         Write(0, c as usize),
@@ -170,13 +170,17 @@ fn script(prepared: &Prepared, size: u64) -> Vec<Op> {
         Write(9 * c, half),
         Flush,
         Read,
+        Resize(10 * c - c / 4),
+        Write(9 * c, half),
+        Resize(size),
+        Read,
     ];
     let fits = |op: &Op| match op {
         Write(offset, len) => offset + *len as u64 <= size,
-        Grow(_) => false,
+        Resize(_) => false,
         _ => true,
     };
-    all.into_iter().filter(|op| grows || fits(op)).collect()
+    all.into_iter().filter(|op| resizes || fits(op)).collect()
 }
 
 struct Run<'a> {
@@ -263,14 +267,14 @@ impl Run<'_> {
                     let done = image.write_zeroes(offset, len as u64, discard);
                     self.changed(&image, offset, &vec![0; len], done, &step);
                 }
-                Op::Grow(size) => {
+                Op::Resize(size) => {
                     self.again(|| image.resize(size), &step);
-                    if image.size() < size {
+                    if image.size() != size {
                         assert!(self.is_latched);
                         image = self.open();
                         image.resize(size).unwrap();
                     }
-                    self.disk.grow(size as usize);
+                    self.disk.resize(size as usize);
                 }
                 Op::Flush => {
                     self.again(|| image.flush(), &step);

@@ -21,6 +21,8 @@ mod formats;
 mod fsx;
 #[path = "blackbox/live.rs"]
 mod live;
+#[path = "blackbox/load.rs"]
+mod load;
 #[path = "blackbox/locks.rs"]
 mod locks;
 #[path = "blackbox/loops.rs"]
@@ -37,6 +39,10 @@ mod probing;
 mod qcow2;
 #[path = "blackbox/qcow2_bitmaps.rs"]
 mod qcow2_bitmaps;
+#[path = "blackbox/qcow2_cells.rs"]
+mod qcow2_cells;
+#[path = "blackbox/qcow2_matrix.rs"]
+mod qcow2_matrix;
 #[path = "blackbox/qmp.rs"]
 mod qmp;
 #[path = "blackbox/snapshots.rs"]

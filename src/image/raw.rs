@@ -96,6 +96,13 @@ impl RawImage {
         Ok(self.size())
     }
 
+    /// See [`Storage::sync_len`].
+    ///
+    /// [`Storage::sync_len`]: crate::storage::Storage::sync_len
+    pub fn sync_len(&self) -> Result<()> {
+        self.storage.sync_len()
+    }
+
     fn error(&self, errno: i32, what: &str, why: &str, offset: u64) -> Error {
         Error::new(errno, what, why).at_path(self.storage.path()).at_offset(offset)
     }

@@ -177,9 +177,7 @@ impl FileState {
 
     fn set_len(&mut self, len: u64) {
         let old_len = *self.len.now();
-        if len < old_len {
-            self.zero(len, old_len, true);
-        }
+        self.zero(len, old_len, true);
         self.len.push(len);
     }
 
@@ -471,6 +469,11 @@ impl Storage for CrashFile {
         Ok(())
     }
 
+    fn sync_len(&self) -> Result<()> {
+        self.with(|state| state.len.sync());
+        Ok(())
+    }
+
     fn len(&self) -> Result<u64> {
         Ok(self.with(|state| *state.len.now()))
     }
@@ -701,6 +704,18 @@ mod tests {
             .collect();
         assert!(left.contains(&(256, vec![1, 0], 0)) && left.contains(&(1024, vec![1, 1], 2)));
         assert!(left.iter().all(|(len, bytes, last)| *len > 256 || (bytes[1] == 0 && *last == 0)), "{left:?}");
+    }
+
+    #[test]
+    fn a_length_can_be_durable_before_the_content_is() {
+        let disk = CrashDisk::new();
+        let file = disk.open("f").unwrap();
+        file.write_at(&[1; 512], 0).unwrap();
+        file.sync().unwrap();
+        file.write_at(&[2; 512], 0).unwrap();
+        file.set_len(1024).unwrap();
+        file.sync_len().unwrap();
+        assert_eq!(outcomes(&disk, "f", 2), BTreeSet::from([(vec![1, 0], 1024), (vec![2, 0], 1024)]));
     }
 
     #[test]

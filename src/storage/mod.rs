@@ -92,6 +92,11 @@ pub trait Storage: Send + Sync + Debug {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
     /// Makes everything written before this call durable (fdatasync).
     fn sync(&self) -> Result<()>;
+    /// Makes the length durable, where nobody has written to the file's last byte since `set_len` made it longer; other
+    /// changes perhaps not, so that it need not wait for them.
+    fn sync_len(&self) -> Result<()> {
+        self.sync()
+    }
     /// Length in bytes.
     fn len(&self) -> Result<u64>;
     /// True where the length is 0.

@@ -293,6 +293,31 @@ impl Storage for OsFile {
         }
     }
 
+    /// Writes the last byte with O_DSYNC: durable is then what it takes to read it, and so the length.
+    fn sync_len(&self) -> Result<()> {
+        let end = self.len()?;
+        // Once without: where there is no space for it, that is no failed sync.
+        if self.alignment > 1 || self.is_block_device || end == 0 || self.file.write_at(&[0], end - 1).is_err() {
+            return self.sync();
+        }
+        loop {
+            let zero = [0u8];
+            let part = libc::iovec { iov_base: zero.as_ptr().cast_mut().cast(), iov_len: 1 };
+            // SAFETY: `part` is one byte that the kernel only reads, and lives across the call.
+            let done =
+                unsafe { libc::pwritev2(self.file.as_raw_fd(), &raw const part, 1, end as i64 - 1, libc::RWF_DSYNC) };
+            if done == 1 {
+                return Ok(());
+            }
+            let e = io::Error::last_os_error();
+            match e.raw_os_error() {
+                Some(libc::EINTR) => (),
+                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => return self.sync(),
+                _ => return Err(self.error("sync", e)),
+            }
+        }
+    }
+
     fn len(&self) -> Result<u64> {
         let bad = |e| self.error("size of", e);
         if self.is_block_device {
@@ -591,6 +616,24 @@ mod tests {
         file.write_at(&buf[..4096], 3 * 4096).unwrap();
         assert_eq!(std::fs::read(&path).unwrap()[3 * 4096..], [8; 4096]);
         file.sync().unwrap();
+    }
+
+    #[test]
+    fn syncing_the_length_leaves_length_and_zeros_as_they_are() {
+        let dir = disk_dir();
+        let path = dir.path().join("f");
+        for options in [CREATE, OpenOptions { create: true, ..DIRECT }] {
+            let file = match OsFile::open(&path, &options) {
+                Ok(file) => file,
+                Err(e) => return eprintln!("skip: {e}"),
+            };
+            for len in [8192, 0, 4096, 3 << 20] {
+                file.set_len(len).unwrap();
+                file.sync_len().unwrap();
+                assert_eq!(file.len().unwrap(), len);
+                assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0), "{len}");
+            }
+        }
     }
 
     #[test]

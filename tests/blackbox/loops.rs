@@ -5,10 +5,10 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 
 /// mkfs on a loop device over the live file, a file, a snapshot, a change; then the frozen file system is read.
-fn file_system_round(mkfs: &[&str], size_mib: u64, frozen_options: &str) {
+fn file_system_round(format: &str, mkfs: &[&str], size_mib: u64, frozen_options: &str) {
     let rig = Rig::new();
-    let image: PathBuf = rig.path("vda.raw");
-    File::create_new(&image).unwrap().set_len(size_mib << 20).unwrap();
+    let image: PathBuf = rig.path(&format!("vda.{format}"));
+    ok(tool("qemu-img").args(["create", "-q", "-f", format]).arg(&image).arg(format!("{size_mib}M")));
     let mount = rig.mount([&image]);
     let old = pattern(5, 3 << 20);
     {
@@ -33,21 +33,29 @@ fn file_system_round(mkfs: &[&str], size_mib: u64, frozen_options: &str) {
         assert!(fs::read(guest.0.join("file")).unwrap() == pattern(6, 3 << 20));
     }
     mount.umount();
-    let device = Loop::new(&image, &[]);
+    let raw = rig.path("after.raw");
+    ok(tool("qemu-img").args(["convert", "-f", format, "-O", "raw"]).args([&image, &raw]));
+    let device = Loop::new(&raw, &[]);
     let after = Fs::mount(&device.0, &rig.path("after"), "defaults");
     assert!(fs::read(after.0.join("file")).unwrap() == pattern(6, 3 << 20), "the image is a good file system");
 }
 
 #[test]
 fn ext4_over_live_and_frozen_files() {
-    requires!("root", "losetup", "mkfs.ext4", "fsfreeze", "fstrim");
-    file_system_round(&["mkfs.ext4", "-q"], 64, "ro,noload");
+    requires!("root", "losetup", "mkfs.ext4", "fsfreeze", "fstrim", "qemu-img");
+    file_system_round("raw", &["mkfs.ext4", "-q"], 64, "ro,noload");
+}
+
+#[test]
+fn ext4_over_live_and_frozen_files_of_a_qcow2_image() {
+    requires!("root", "losetup", "mkfs.ext4", "fsfreeze", "fstrim", "qemu-img");
+    file_system_round("qcow2", &["mkfs.ext4", "-q"], 64, "ro,noload");
 }
 
 #[test]
 fn xfs_over_live_and_frozen_files() {
-    requires!("root", "losetup", "mkfs.xfs", "fsfreeze", "fstrim");
-    file_system_round(&["mkfs.xfs", "-q"], 320, "ro,norecovery,nouuid");
+    requires!("root", "losetup", "mkfs.xfs", "fsfreeze", "fstrim", "qemu-img");
+    file_system_round("raw", &["mkfs.xfs", "-q"], 320, "ro,norecovery,nouuid");
 }
 
 #[test]

@@ -17,6 +17,7 @@ enum Change {
     Punch(u64, u64),
     Zero(u64, u64),
     Sync,
+    SyncLen,
 }
 
 /// A change of a file.
@@ -110,6 +111,9 @@ impl Storage for Watched {
         std::thread::yield_now();
         Ok(())
     }
+    fn sync_len(&self) -> Result<()> {
+        if self.direct { self.sync() } else { self.note(|| Change::SyncLen, |inner| inner.sync_len()) }
+    }
     fn len(&self) -> Result<u64> {
         self.inner.len()
     }
@@ -190,6 +194,7 @@ impl Medium {
             Change::Punch(offset, len) => file.punch_hole(*offset, *len),
             Change::Zero(offset, len) => file.write_zeroes(*offset, *len),
             Change::Sync => file.sync(),
+            Change::SyncLen => file.sync_len(),
         }
         .unwrap();
     }

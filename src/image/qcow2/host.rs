@@ -3,7 +3,8 @@
 //! The file is driven as a raw image, so it is locked as QEMU locks it and takes any range with O_DIRECT too. On top of
 //! that, as a [`Storage`]:
 //! - **It grows by steps, durably.** A write behind its end makes it longer, in steps ([`GROWTH_BYTES`]), and syncs the
-//!   new length before anything else: an entry never points behind the end, whatever a power loss leaves.
+//!   new length before anything else: an entry never points behind the end, whatever a power loss leaves. Steps are
+//!   large, for each one waits for the medium, and what is not written yet takes no space; a close cuts the rest off.
 //! - **It syncs once for many.** A sync that began after a caller's writes serves that caller; others wait for it.
 //! - **A sync that failed fails for ever**: what it was to save may be lost without another word.
 //! - **It knows which holes are durable**: those older than the last sync. See [`HostFile::is_durable_hole`].
@@ -15,15 +16,18 @@ use crate::image::Image;
 use crate::image::raw::RawImage;
 use crate::storage::{BlockStatus, Stamp, Storage};
 use arc_swap::ArcSwap;
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Steps by which an image's file grows: an eighth of its length, within these bytes.
+/// Steps by which an image's file grows: an eighth of the disk, within these bytes.
 const GROWTH_BYTES: RangeInclusive<u64> = 16 << 20..=1 << 30;
+
+/// 64 bits each: few offsets of a disk of 1 TiB in clusters of 64 KiB share a bit.
+const HINT_WORDS: usize = 1 << 11;
 
 /// Metadata in whole clusters: by its start its end and name.
 type Areas = BTreeMap<u64, (u64, &'static str)>;
@@ -37,8 +41,11 @@ pub struct HostFile {
     areas: ArcSwap<Areas>,
     /// Host offsets of L2 tables and refcount blocks, known where the image is open for writing.
     tables: RwLock<HashSet<u64>>,
-    /// Grows by steps; an external data file grows to what is written.
-    by_steps: bool,
+    /// A bit for each hash of an offset that is or was in `tables`, set before it is there: a clear bit answers without
+    /// the lock, whose word all writers would share.
+    table_hints: Box<[AtomicU64]>,
+    /// The length is made a multiple of this where the file grows.
+    growth_bytes: u64,
     growing: Mutex<()>,
     syncs: Mutex<Syncs>,
     synced: Condvar,
@@ -60,21 +67,23 @@ struct Syncs {
 impl HostFile {
     /// A file of guest data alone.
     pub fn of_data(image: RawImage) -> HostFile {
-        HostFile::over(image, Areas::new(), false)
+        HostFile::over(image, Areas::new(), 1)
     }
 
     /// The file that `header` was read from.
     pub fn of_image(image: RawImage, header: &Header) -> HostFile {
         let areas = header.areas().into_iter().map(|(name, area)| (area.start, (area.end, name))).collect();
-        HostFile::over(image, areas, true)
+        let (least, most) = GROWTH_BYTES.into_inner();
+        HostFile::over(image, areas, (header.size / 8).clamp(least, most).next_power_of_two())
     }
 
-    fn over(image: RawImage, areas: Areas, by_steps: bool) -> HostFile {
+    fn over(image: RawImage, areas: Areas, growth_bytes: u64) -> HostFile {
         HostFile {
             image,
             areas: ArcSwap::from_pointee(areas),
             tables: RwLock::default(),
-            by_steps,
+            table_hints: (0..HINT_WORDS).map(|_| AtomicU64::new(0)).collect(),
+            growth_bytes,
             growing: Mutex::new(()),
             syncs: Mutex::default(),
             synced: Condvar::new(),
@@ -132,7 +141,13 @@ impl HostFile {
 
     /// Notes the places of L2 tables and refcount blocks.
     pub fn note_tables(&self, offsets: impl IntoIterator<Item = u64>) {
-        self.tables.write().extend(offsets);
+        let hinted = offsets.into_iter().inspect(|offset| {
+            let (word, bit) = hint(*offset);
+            if let Some(word) = self.table_hints.get(word) {
+                word.fetch_or(bit, Ordering::Release);
+            }
+        });
+        self.tables.write().extend(hinted);
     }
 
     /// An L2 table or refcount block is none any more.
@@ -142,7 +157,9 @@ impl HostFile {
 
     /// Refuses, with EIO, to put something into a cluster that is an L2 table or a refcount block.
     pub fn check_not_table(&self, what: &str, cluster: HostOffset) -> Result<()> {
-        if !self.tables.read().contains(&cluster.0) {
+        let (word, bit) = hint(cluster.0);
+        let hinted = self.table_hints.get(word).is_some_and(|word| word.load(Ordering::Acquire) & bit != 0);
+        if !hinted || !self.tables.read().contains(&cluster.0) {
             return Ok(());
         }
         let why = format!("{what} at host offset {cluster} lies where an L2 table or a refcount block is");
@@ -176,10 +193,27 @@ impl HostFile {
             let why = format!("the block device is full: it has {} bytes", self.bytes());
             return Err(Error::new(errno::ENOSPC, "allocate", why).at_path(self.path()).hint("enlarge the device"));
         }
-        let (least, most) = GROWTH_BYTES.into_inner();
-        let step = if self.by_steps { (self.bytes() / 8).clamp(least, most).next_power_of_two() } else { 1 };
-        self.image.resize(bytes.next_multiple_of(step))?;
-        self.sync()
+        // Where a file cannot be so long, or holes take space, a whole step may be too much.
+        self.image.resize(bytes.next_multiple_of(self.growth_bytes)).or_else(|_| self.image.resize(bytes))?;
+        let mut syncs = self.syncs.lock();
+        while syncs.running {
+            self.synced.wait(&mut syncs);
+        }
+        syncs.failed.clone().map_or(Ok(()), Err)?;
+        // Nobody writes to the new last byte yet: what is there is handed out, or becomes the disk's, after this.
+        self.run_sync(&mut syncs, || self.image.sync_len())
+    }
+
+    /// Runs a sync, of which there is one at a time: the kernel tells what was lost to one of them only.
+    fn run_sync(&self, syncs: &mut MutexGuard<'_, Syncs>, sync: impl FnOnce() -> Result<()>) -> Result<()> {
+        syncs.running = true;
+        let result = MutexGuard::unlocked(syncs, sync);
+        syncs.running = false;
+        if let Err(e) = &result {
+            syncs.failed = Some(e.clone());
+        }
+        self.synced.notify_all();
+        result
     }
 
     /// Writes a word of metadata. Where that fails it may stand there all the same, so this also gives the word that
@@ -212,6 +246,12 @@ fn check_in(areas: &Areas, file_bytes: u64, what: &str, offset: HostOffset, byte
     }
 }
 
+/// The word and the bit of `table_hints` for an offset.
+fn hint(offset: u64) -> (usize, u64) {
+    let hash = (offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((hash >> 32) as usize % HINT_WORDS, 1 << (hash >> 58))
+}
+
 impl Storage for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.image.read_at(buf, offset)
@@ -239,22 +279,13 @@ impl Storage for HostFile {
                 self.synced.wait(&mut syncs);
                 continue;
             }
-            syncs.running = true;
             syncs.begun += 1;
             let this = syncs.begun;
-            drop(syncs);
             let punches = self.punches.load(Ordering::SeqCst);
-            let result = self.image.flush();
-            syncs = self.syncs.lock();
-            syncs.running = false;
-            match result {
-                Ok(()) => {
-                    syncs.done = this;
-                    self.durable_punches.fetch_max(punches, Ordering::SeqCst);
-                }
-                Err(e) => syncs.failed = Some(e),
+            if self.run_sync(&mut syncs, || self.image.flush()).is_ok() {
+                syncs.done = this;
+                self.durable_punches.fetch_max(punches, Ordering::SeqCst);
             }
-            self.synced.notify_all();
         }
     }
 
@@ -291,5 +322,46 @@ impl Storage for HostFile {
 
     fn path(&self) -> &Path {
         self.image.path()
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+    use crate::image::qcow2::read_header;
+    use crate::image::qcow2::test_image::Shape;
+    use crate::storage::faulty::Call;
+    use crate::storage::{FaultPlan, Faulty, MemFile};
+
+    fn image() -> (HostFile, Arc<FaultPlan>, u64) {
+        let file = MemFile::new("vda.qcow2", 0);
+        Shape::new(12, 4, 3).write(&file);
+        let (inner, plan) = (file.shared(), Arc::new(FaultPlan::new()));
+        let storage = Arc::new(Faulty { inner, plan: plan.clone() });
+        let header = read_header(&*storage).unwrap();
+        let bytes = storage.len().unwrap();
+        (HostFile::of_image(RawImage::over(storage, false).unwrap(), &header), plan, bytes)
+    }
+
+    #[test]
+    fn growth_is_synced_and_goes_by_steps_where_a_step_is_possible() {
+        let (host, plan, bytes) = image();
+        host.grow(bytes + 1).unwrap();
+        assert_eq!((host.bytes(), plan.calls(Call::Sync)), (*GROWTH_BYTES.start(), 1));
+        host.grow(host.bytes()).unwrap();
+        assert_eq!(plan.calls(Call::Sync), 1);
+        plan.fail_nth(Call::SetLen, 2, errno::EFBIG);
+        let wanted = host.bytes() + 4096;
+        host.grow(wanted).unwrap();
+        assert_eq!((host.bytes(), plan.calls(Call::Sync)), (wanted, 2));
+    }
+
+    #[test]
+    fn a_sync_of_the_length_that_failed_is_a_sync_that_failed() {
+        let (host, plan, bytes) = image();
+        plan.fail_nth(Call::Sync, 1, errno::EIO);
+        assert_eq!(host.grow(bytes + 1).unwrap_err().errno(), errno::EIO);
+        assert_eq!(host.sync().unwrap_err().errno(), errno::EIO);
+        assert_eq!(plan.calls(Call::Sync), 1);
     }
 }

@@ -6,9 +6,10 @@
 //! local, since slices are replaced one by one.
 //!
 //! **Look-up takes no lock.** A slice's place in the cache follows from its host offset (a set of [`WAYS`] ways). A
-//! look-up loads the ways of its set and compares their keys; a hit holds the slice alive by itself, whatever replaces
-//! it meanwhile. Only loading takes a lock, that of its set's stripe, and holds it across the read: two threads never
-//! load one slice, and whoever changes a table on disk under that lock cannot be overtaken by a load of its old content.
+//! look-up compares the keys of its set and loads the way that matches; a hit holds the slice alive by itself, whatever
+//! replaces it meanwhile. Only loading takes a lock, that of its set's stripe, and holds it across the read: two threads
+//! never load one slice, and whoever changes a table on disk under that lock cannot be overtaken by a load of its old
+//! content.
 //!
 //! **A change is written first** ([`Mapping::update`]): under the stripe's lock, to the file, then to the slice if it
 //! is loaded. A slice never holds what is not on disk. So dropping one loses nothing, and a kill loses no answered
@@ -20,7 +21,7 @@ use super::host::HostFile;
 use super::tables::{CompressedAt, Geometry, HostOffset, L1Entry, L2Entry, SUBCLUSTERS, decode_l1, decode_l2};
 use crate::error::{Error, Result, errno};
 use crate::storage::Storage;
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -74,6 +75,10 @@ struct Slice {
     used: AtomicBool,
 }
 
+/// A slice that stays while it is looked at. Unlike a reference that is counted, it costs no write to memory that other
+/// threads read.
+type Held = Guard<Option<Arc<Slice>>>;
+
 /// An L1 table.
 #[derive(Debug)]
 struct L1 {
@@ -93,6 +98,9 @@ pub struct Mapping {
     slice_bytes: u64,
     /// Sets of [`WAYS`] places each.
     places: Box<[ArcSwapOption<Slice>]>,
+    /// The key of the slice in each place, 0 where there is none: a search compares these. It may be behind, so the
+    /// slice's own key decides. Changed under the stripe's lock, after the place.
+    keys: Box<[AtomicU64]>,
     /// Held while a slice of one of their sets is loaded; leaf locks, of which a thread holds one.
     stripes: Box<[Mutex<()>]>,
 }
@@ -124,12 +132,12 @@ impl Slice {
     }
 
     /// Changes words from an index on. One caller at a time: it holds the stripe's lock.
-    fn store(&self, first: usize, words: &[u64]) {
+    fn store(&self, first: usize, words: impl Iterator<Item = u64>) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence.store(sequence + 1, Ordering::Relaxed);
         fence(Ordering::Release);
         for (place, word) in self.words.iter().skip(first).zip(words) {
-            place.store(*word, Ordering::Release);
+            place.store(word, Ordering::Release);
         }
         self.sequence.store(sequence + 2, Ordering::Release);
     }
@@ -155,6 +163,7 @@ impl Mapping {
             l1: ArcSwap::from_pointee(l1),
             slice_bytes,
             places: (0..sets * WAYS).map(|_| ArcSwapOption::empty()).collect(),
+            keys: (0..sets * WAYS).map(|_| AtomicU64::new(0)).collect(),
             stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
         })
     }
@@ -162,7 +171,7 @@ impl Mapping {
     /// The run of bytes from `offset` on that have one source, at most `len` (not 0) bytes of it.
     pub fn run(&self, file: &HostFile, data: &HostFile, offset: u64, len: u64) -> Result<Run> {
         let mut recent = None;
-        let look = |at: u64, recent: &mut Option<Arc<Slice>>| {
+        let look = |at: u64, recent: &mut Option<Held>| {
             let most = len - (at - offset);
             let piece = self.piece(file, data, at, recent)?;
             Ok::<_, Error>(Run { len: piece.len.min(most), ..piece })
@@ -188,7 +197,7 @@ impl Mapping {
     }
 
     /// What one entry says about `offset`, and for how long.
-    fn piece(&self, file: &HostFile, data: &HostFile, offset: u64, recent: &mut Option<Arc<Slice>>) -> Result<Run> {
+    fn piece(&self, file: &HostFile, data: &HostFile, offset: u64, recent: &mut Option<Held>) -> Result<Run> {
         let covers = self.geometry.l2_covers();
         let to_end_of_table = covers - offset % covers;
         let table = match self.table(offset)? {
@@ -215,13 +224,7 @@ impl Mapping {
         (table.0 + at / self.slice_bytes * self.slice_bytes, (at % self.slice_bytes / 8) as usize)
     }
 
-    fn entry_in(
-        &self,
-        file: &HostFile,
-        table: HostOffset,
-        offset: u64,
-        recent: &mut Option<Arc<Slice>>,
-    ) -> Result<L2Entry> {
+    fn entry_in(&self, file: &HostFile, table: HostOffset, offset: u64, recent: &mut Option<Held>) -> Result<L2Entry> {
         let (raw, bitmap) = self.raw_entry_in(file, table, offset, recent)?;
         decode_l2(raw, bitmap, &self.geometry)
     }
@@ -231,15 +234,16 @@ impl Mapping {
         file: &HostFile,
         table: HostOffset,
         offset: u64,
-        recent: &mut Option<Arc<Slice>>,
+        recent: &mut Option<Held>,
     ) -> Result<RawEntry> {
         let (key, word) = self.place(table, offset);
-        let slice = match recent.take() {
-            Some(slice) if slice.key == key => slice,
-            _ => self.slice(file, table, key)?,
+        let is_wanted = |held: &Held| held.as_ref().is_some_and(|slice| slice.key == key);
+        let held = match recent.take().filter(is_wanted) {
+            Some(held) => held,
+            None => self.slice(file, table, key)?,
         };
-        let entry = slice.entry(word, self.geometry.extended_l2);
-        *recent = Some(slice);
+        let entry = held.as_ref().map_or((0, 0), |slice| slice.entry(word, self.geometry.extended_l2));
+        *recent = Some(held);
         Ok(entry)
     }
 
@@ -248,15 +252,25 @@ impl Mapping {
         self.slice_bytes / 8 / self.geometry.l2_entry_words() * self.geometry.cluster_size()
     }
 
-    /// The raw entries of `count` clusters from the one at `offset` on, within one slice; zeros without a table.
-    pub fn raw_entries(&self, file: &HostFile, offset: u64, count: u64) -> Result<Vec<RawEntry>> {
-        let L1Entry::Table { offset: table, .. } = self.table(offset)? else {
-            return Ok(vec![(0, 0); count as usize]);
-        };
+    /// Gives `take` the raw entries of `count` clusters from the one at `offset` on, within one slice, each with its guest
+    /// offset; zeros without a table.
+    pub fn raw_entries(
+        &self,
+        file: &HostFile,
+        offset: u64,
+        count: u64,
+        mut take: impl FnMut(u64, RawEntry) -> Result<()>,
+    ) -> Result<()> {
+        let table = self.table(offset)?;
         let mut recent = None;
-        (0..count)
-            .map(|i| self.raw_entry_in(file, table, offset + i * self.geometry.cluster_size(), &mut recent))
-            .collect()
+        for at in (0..count).map(|i| offset + i * self.geometry.cluster_size()) {
+            let entry = match table {
+                L1Entry::Table { offset: table, .. } => self.raw_entry_in(file, table, at, &mut recent)?,
+                L1Entry::Unallocated => (0, 0),
+            };
+            take(at, entry)?;
+        }
+        Ok(())
     }
 
     /// The host bytes for a write at `offset` that needs no change of the mapping, and how many: data in a cluster
@@ -297,17 +311,18 @@ impl Mapping {
     }
 
     /// Writes entries, from that of the cluster at `offset` on, within one slice of a table that is referred to once.
-    pub fn update(&self, file: &HostFile, offset: u64, entries: &[RawEntry]) -> Result<()> {
+    pub fn update(&self, file: &HostFile, offset: u64, entries: impl Iterator<Item = RawEntry>) -> Result<()> {
         let L1Entry::Table { offset: table, .. } = self.table(offset)? else {
             return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no table to change").at_offset(offset));
         };
         let (key, word) = self.place(table, offset);
-        let words: Vec<u64> = entries
-            .iter()
-            .flat_map(|(raw, bitmap)| [Some(*raw), self.geometry.extended_l2.then_some(*bitmap)])
-            .flatten()
-            .collect();
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        let mut bytes = Vec::with_capacity(entries.size_hint().0 * 16);
+        for (raw, bitmap) in entries {
+            bytes.extend_from_slice(&raw.to_be_bytes());
+            if self.geometry.extended_l2 {
+                bytes.extend_from_slice(&bitmap.to_be_bytes());
+            }
+        }
         let set = self.set(key);
         let _changing = self.stripes.get(set % STRIPES).map(Mutex::lock);
         if let Err(e) = file.write_at(&bytes, key + word as u64 * 8) {
@@ -315,8 +330,9 @@ impl Mapping {
             self.drop_slice(set, key);
             return Err(e);
         }
-        if let Some(slice) = self.find(self.ways(set), key) {
-            slice.store(word, &words);
+        if let Some(slice) = self.find(set, key).as_ref().and_then(|held| held.as_ref()) {
+            let (words, _) = bytes.as_chunks::<8>();
+            slice.store(word, words.iter().map(|word| u64::from_be_bytes(*word)));
         }
         Ok(())
     }
@@ -357,9 +373,10 @@ impl Mapping {
 
     /// Drops a slice from the cache. Called under the set's lock.
     fn drop_slice(&self, set: usize, key: u64) {
-        for way in self.ways(set) {
+        for (way, its_key) in self.ways(set) {
             if way.load().as_ref().is_some_and(|slice| slice.key == key) {
                 way.store(None);
+                its_key.store(0, Ordering::Release);
             }
         }
     }
@@ -416,50 +433,53 @@ impl Mapping {
         ((hash * sets) >> 32) as usize
     }
 
-    fn ways(&self, set: usize) -> &[ArcSwapOption<Slice>] {
-        self.places.get(set * WAYS..(set + 1) * WAYS).unwrap_or_default()
+    /// The places of a set, with their keys.
+    fn ways(&self, set: usize) -> impl Iterator<Item = (&ArcSwapOption<Slice>, &AtomicU64)> {
+        let range = set * WAYS..(set + 1) * WAYS;
+        let places = self.places.get(range.clone()).unwrap_or_default();
+        places.iter().zip(self.keys.get(range).unwrap_or_default())
     }
 
-    fn find(&self, ways: &[ArcSwapOption<Slice>], key: u64) -> Option<Arc<Slice>> {
-        ways.iter().find_map(|way| {
-            let slice = way.load();
-            let slice = slice.as_ref().filter(|slice| slice.key == key)?;
+    fn find(&self, set: usize, key: u64) -> Option<Held> {
+        self.ways(set).filter(|(_, here)| here.load(Ordering::Acquire) == key).find_map(|(way, _)| {
+            let held = way.load();
+            let slice = held.as_ref().filter(|slice| slice.key == key)?;
             // A plain look first: writing would take the cache line from the other readers.
             if !slice.used.load(Ordering::Relaxed) {
                 slice.used.store(true, Ordering::Relaxed);
             }
-            Some(slice.clone())
+            Some(held)
         })
     }
 
     /// The slice with host offset `key`, which is part of the L2 table at `table`.
-    fn slice(&self, file: &HostFile, table: HostOffset, key: u64) -> Result<Arc<Slice>> {
+    fn slice(&self, file: &HostFile, table: HostOffset, key: u64) -> Result<Held> {
         let set = self.set(key);
-        let ways = self.ways(set);
-        if let Some(slice) = self.find(ways, key) {
-            return Ok(slice);
+        if let Some(held) = self.find(set, key) {
+            return Ok(held);
         }
         file.check("an L2 table", table, self.geometry.cluster_size())?;
         let _loading = self.stripes.get(set % STRIPES).map(Mutex::lock);
-        if let Some(slice) = self.find(ways, key) {
-            return Ok(slice);
+        if let Some(held) = self.find(set, key) {
+            return Ok(held);
         }
         let words = read_words(file, HostOffset(key), self.slice_bytes)?;
         let slice = Arc::new(Slice { key, words, sequence: AtomicU64::new(0), used: AtomicBool::new(true) });
-        if let Some(way) = victim(ways) {
+        if let Some((way, its_key)) = self.victim(set) {
             way.store(Some(slice.clone()));
+            its_key.store(key, Ordering::Release);
         }
-        Ok(slice)
+        Ok(Guard::from_inner(Some(slice)))
     }
-}
 
-/// A free place, else one whose slice was not used since the last search, else any. Called under the set's lock.
-fn victim(ways: &[ArcSwapOption<Slice>]) -> Option<&ArcSwapOption<Slice>> {
-    let free = ways.iter().find(|way| way.load().is_none());
-    let is_idle = |way: &&ArcSwapOption<Slice>| {
-        way.load().as_ref().is_some_and(|slice| !slice.used.swap(false, Ordering::Relaxed))
-    };
-    free.or_else(|| ways.iter().find(is_idle)).or(ways.first())
+    /// A free place, else one whose slice was not used since the last search, else any. Called under the set's lock.
+    fn victim(&self, set: usize) -> Option<(&ArcSwapOption<Slice>, &AtomicU64)> {
+        let is_idle = |(way, _): &(&ArcSwapOption<Slice>, &AtomicU64)| {
+            way.load().as_ref().is_some_and(|slice| !slice.used.swap(false, Ordering::Relaxed))
+        };
+        let free = self.ways(set).find(|(_, key)| key.load(Ordering::Relaxed) == 0);
+        free.or_else(|| self.ways(set).find(is_idle)).or_else(|| self.ways(set).next())
+    }
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]

@@ -6,7 +6,6 @@
 
 use super::Qcow2Image;
 use super::header::L1_MAX_BYTES;
-use super::mapping::RawEntry;
 use super::refcount::to_bytes;
 use super::tables::{HostOffset, L1Entry, L2Entry, decode_l2};
 use super::write::Writer;
@@ -190,12 +189,12 @@ impl Qcow2Image {
         while at < part.end {
             let stop = part.end.min(at / slice * slice + slice);
             let count = (stop - at) / cluster_size;
-            for (raw, bitmap) in self.mapping.raw_entries(&self.file, at, count)? {
+            self.mapping.raw_entries(&self.file, at, count, |_, (raw, bitmap)| {
                 gone.push(decode_l2(raw, bitmap, &self.header.geometry())?);
-            }
+                Ok(())
+            })?;
             if clear {
-                let zeros: Vec<RawEntry> = vec![(0, 0); count as usize];
-                self.mapping.update(&self.file, at, &zeros)?;
+                self.mapping.update(&self.file, at, std::iter::repeat_n((0, 0), count as usize))?;
             }
             at = stop;
         }

@@ -227,32 +227,34 @@ impl Qcow2Image {
         let count = (range.end - first).div_ceil(cluster_size);
         let _held = writer.ranges.lock(first..first + count * cluster_size);
         let mut plans = Vec::with_capacity(count as usize);
-        for (i, entry) in (0..).zip(self.mapping.raw_entries(&self.file, first, count)?) {
-            let guest = first + i * cluster_size;
+        self.mapping.raw_entries(&self.file, first, count, |guest, entry| {
             let part = range.start.max(guest)..range.end.min(guest + cluster_size);
             plans.push(self.plan(writer, guest, part, entry, content).map_err(|e| e.at_offset(guest))?);
-        }
+            Ok(())
+        })?;
         let changed = plans.iter().any(|plan| plan.changed);
         if changed {
             self.own_table(writer, first)?;
         }
-        let mut allocated = Vec::new();
         let filled = self
-            .allocate(writer, &mut plans, &mut allocated)
+            .allocate(writer, &mut plans)
             .and_then(|()| self.fill(&plans))
             .and_then(|durable_first| self.put(&plans, range.start, content).map(|()| durable_first))
             .and_then(|durable_first| if durable_first { self.data().sync() } else { Ok(()) });
         if let Err(e) = filled {
             let mut session = writer.session.lock();
-            allocated.iter().for_each(|clusters| session.take_back(clusters));
+            for plan in &plans {
+                if let Host::New(offset, fresh) = plan.host {
+                    session.take_back(&Clusters { offset, count: 1, fresh });
+                }
+            }
             return Err(e);
         }
         if changed {
             if plans.iter().any(|plan| !matches!(plan.old, Old::Nothing)) {
                 writer.session.lock().begin()?;
             }
-            let entries: Vec<RawEntry> = plans.iter().map(|plan| plan.entry).collect();
-            let written = self.mapping.update(&self.file, first, &entries);
+            let written = self.mapping.update(&self.file, first, plans.iter().map(|plan| plan.entry));
             written.inspect_err(|e| writer.session.lock().leak(e))?;
         }
         self.let_go(writer, &plans);
@@ -354,6 +356,10 @@ impl Qcow2Image {
     /// The L2 table for a guest offset becomes one that is referred to once, by the active L1 table.
     pub(super) fn own_table(&self, writer: &Writer, offset: u64) -> Result<()> {
         let cluster_size = self.header.cluster_size();
+        // Once ours, always ours: the lock would tell nothing new.
+        if let L1Entry::Table { copied: true, .. } = self.mapping.table(offset)? {
+            return Ok(());
+        }
         let mut session = writer.session.lock();
         let old = match self.mapping.table(offset)? {
             L1Entry::Table { copied: true, .. } => return Ok(()),
@@ -390,7 +396,7 @@ impl Qcow2Image {
         self.file.sync()
     }
 
-    fn allocate(&self, writer: &Writer, plans: &mut [Plan], allocated: &mut Vec<Clusters>) -> Result<()> {
+    fn allocate(&self, writer: &Writer, plans: &mut [Plan]) -> Result<()> {
         let cluster_size = self.header.cluster_size();
         let mut at = 0;
         while let Some(first) = plans.iter().skip(at).position(|plan| plan.host == Host::Wanted) {
@@ -403,7 +409,6 @@ impl Qcow2Image {
                 plan.entry.0 |= host.0 | COPIED;
             }
             at = first + clusters.count as usize;
-            allocated.push(clusters);
         }
         Ok(())
     }
@@ -461,43 +466,48 @@ impl Qcow2Image {
 
     /// Writes what the request brings; neighbours in one go.
     fn put(&self, plans: &[Plan], start: u64, content: Content<'_>) -> Result<()> {
-        let mut pieces: Vec<(HostOffset, Range<u64>)> = Vec::new();
+        let mut piece: Option<(HostOffset, Range<u64>)> = None;
         for plan in plans.iter().filter(|plan| plan.put) {
             let Some(host) = plan.host_of(plan.part.start) else { continue };
-            match pieces.last_mut() {
+            match &mut piece {
                 Some((first, range))
                     if range.end == plan.part.start && first.0 + (range.end - range.start) == host.0 =>
                 {
                     range.end = plan.part.end;
                 }
-                _ => pieces.push((host, plan.part.clone())),
-            }
-        }
-        for (host, range) in pieces {
-            match content {
-                Content::Data(data) => {
-                    let data = &data[(range.start - start) as usize..(range.end - start) as usize];
-                    self.data().write_at(data, host.0)?;
+                _ => {
+                    if let Some((host, range)) = piece.replace((host, plan.part.clone())) {
+                        self.put_piece(host, range, start, content)?;
+                    }
                 }
-                Content::Zeros { discard: true } => self.data().punch_hole(host.0, range.end - range.start)?,
-                Content::Zeros { discard: false } => self.data().write_zeroes(host.0, range.end - range.start)?,
             }
         }
-        Ok(())
+        piece.map_or(Ok(()), |(host, range)| self.put_piece(host, range, start, content))
+    }
+
+    fn put_piece(&self, host: HostOffset, range: Range<u64>, start: u64, content: Content<'_>) -> Result<()> {
+        match content {
+            Content::Data(data) => {
+                self.data().write_at(&data[(range.start - start) as usize..(range.end - start) as usize], host.0)
+            }
+            Content::Zeros { discard: true } => self.data().punch_hole(host.0, range.end - range.start),
+            Content::Zeros { discard: false } => self.data().write_zeroes(host.0, range.end - range.start),
+        }
     }
 
     /// Gives up what the entries no longer refer to, now that they are written. The request is done: what fails here
     /// costs space alone.
     fn let_go(&self, writer: &Writer, plans: &[Plan]) {
         for plan in plans {
-            let mut session = writer.session.lock();
-            let freed = match plan.old {
-                Old::Nothing => Ok(()),
-                Old::Cluster(host) => session.free(host),
-                Old::Compressed(at) => session.free_compressed(at),
-            };
-            let _ = freed.inspect_err(|e| session.leak(e));
-            drop(session);
+            if !matches!(plan.old, Old::Nothing) {
+                let mut session = writer.session.lock();
+                let freed = match plan.old {
+                    Old::Nothing => Ok(()),
+                    Old::Cluster(host) => session.free(host),
+                    Old::Compressed(at) => session.free_compressed(at),
+                };
+                let _ = freed.inspect_err(|e| session.leak(e));
+            }
             if let (true, Some(host)) = (plan.punch, plan.host_of(plan.part.start))
                 && let Err(e) = self.data().punch_hole(host.0, plan.part.end - plan.part.start)
             {

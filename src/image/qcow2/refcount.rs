@@ -264,11 +264,6 @@ impl Default for Counts {
 }
 
 impl Counts {
-    /// Nothing counted.
-    pub fn new() -> Counts {
-        Counts::default()
-    }
-
     fn limited(max_pages: usize) -> Counts {
         Counts { pages: HashMap::new(), excess: BTreeMap::new(), end: 0, max_pages }
     }
@@ -378,7 +373,7 @@ mod tests {
         fn counts_are_those_of_a_plain_map(
             adds in prop::collection::vec((0u64..20_000, 1u64..5000, prop::sample::select(vec![1, 3, 65_534, 1 << 40])), 1..20),
         ) {
-            let mut counts = Counts::new();
+            let mut counts = Counts::default();
             let mut model = BTreeMap::<u64, u64>::new();
             for (first, count, references) in adds {
                 counts.add(first, count, references).unwrap();

@@ -1,6 +1,6 @@
 //! The weak-memory side of I2 and I3, under loom: every schedule and every value that the C11 rules let a load see.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test --release --test loom`. Two parts:
+//! `RUSTFLAGS="--cfg loom" cargo test --test loom`. Two parts:
 //! * `protocol`: the rules alone, on a few cells, each with the mutants that break it. A mutant that no execution
 //!   exposes fails its test, so that the model is known to tell the rules from their absence.
 //! * `core`: the real core with an image whose bytes are relaxed cells.

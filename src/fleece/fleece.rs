@@ -279,7 +279,7 @@ impl Fleece {
         let _control = self.control.lock();
         let disk = self.disk(name)?;
         self.settle()?;
-        disk.resize(size)?;
+        self.once_gone(errno::EBUSY, || disk.resize(size))?;
         log::info!("disk '{name}' is {size} bytes now");
         Ok(())
     }

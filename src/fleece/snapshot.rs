@@ -21,9 +21,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How often a snapshot looks again whether dropped ones have given back the room that it lacks, and how long between.
-const ROOM_TRIES: u32 = 25;
-const ROOM_WAIT: Duration = Duration::from_millis(20);
+/// How often is looked again whether dropped snapshots have given back what they hold, and how long between.
+const GONE_TRIES: u32 = 100;
+const GONE_WAIT: Duration = Duration::from_millis(20);
 
 /// What to freeze.
 #[derive(Debug, Clone, Default)]
@@ -198,7 +198,7 @@ impl Fleece {
             disk.check_freezable()?;
             disk.check_foreign()?;
         }
-        let taking = self.with_room(|| Taking::prepare_all(&disks, request, uuid, time_ns))?;
+        let taking = self.once_gone(errno::ENOSPC, || Taking::prepare_all(&disks, request, uuid, time_ns))?;
         self.take(request, uuid, time_ns, taking).inspect(|snapshot| {
             log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
             self.counters.snapshots_taken.add(1);
@@ -206,12 +206,12 @@ impl Fleece {
         })
     }
 
-    /// Tries again where the stores have no room, once what dropped snapshots took is given back: the background does
-    /// that soon after the last close of their files, and the kernel tells of a close after the fact.
-    fn with_room<T>(&self, begin: impl Fn() -> Result<T>) -> Result<T> {
+    /// Tries again what fails with `errno` while dropped snapshots are still there: what they hold is given back soon
+    /// after the last close of their files, and the kernel tells of a close after the fact.
+    pub(super) fn once_gone<T>(&self, errno: i32, begin: impl Fn() -> Result<T>) -> Result<T> {
         let mut result = begin();
-        for _ in 0..ROOM_TRIES {
-            if !matches!(&result, Err(e) if e.errno() == errno::ENOSPC) {
+        for _ in 0..GONE_TRIES {
+            if !matches!(&result, Err(e) if e.errno() == errno) {
                 break;
             }
             self.reap();
@@ -219,7 +219,7 @@ impl Fleece {
             if !self.reaper.has_thread() || self.lingering.read().is_empty() {
                 break;
             }
-            std::thread::sleep(ROOM_WAIT);
+            std::thread::sleep(GONE_WAIT);
         }
         result
     }

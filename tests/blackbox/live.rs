@@ -76,9 +76,16 @@ fn truncate_resizes_and_shrinking_under_a_snapshot_is_busy() {
     let map = mount.map_since("grown", "vda", "small");
     assert_eq!(map.size(), 2 << 20);
     assert_eq!(map.granules(), (16..32).collect::<Vec<_>>(), "what was added counts as changed");
+    let reader = fs::File::open(mount.view("grown", "vda")).unwrap();
     mount.drop_snap("small");
     mount.drop_snap("grown");
+    // The kernel tells of the last close after the fact.
+    let late = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(reader);
+    });
     guest.set_len(1 << 20).unwrap();
+    late.join().unwrap();
     assert_eq!(fs::metadata(&image).unwrap().len(), 1 << 20);
 }
 

@@ -425,26 +425,22 @@ mod tests {
     use std::sync::atomic::Ordering::SeqCst;
 
     /// A directory of this test in tmpfs, removed at the end.
-    struct Tmpfs(PathBuf);
+    struct Tmpfs(tempfile::TempDir);
 
     impl Tmpfs {
-        fn new(name: &str) -> Self {
-            let dir = Path::new("/dev/shm").join(format!("fleecefs-test-{name}-{}", std::process::id()));
+        fn new() -> Self {
             assert!(is_tmpfs(Path::new("/dev/shm")).unwrap(), "the tests need a tmpfs at /dev/shm");
-            fs::DirBuilder::new().mode(0o700).create(&dir).unwrap();
-            Tmpfs(dir)
+            Tmpfs(tempfile::tempdir_in("/dev/shm").unwrap())
         }
-    }
 
-    impl Drop for Tmpfs {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
+        fn join(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
         }
     }
 
     fn each_root(check: impl Fn(&dyn Shm)) {
-        let tmpfs = Tmpfs::new("each");
-        check(&create_in(&[tmpfs.0.join("fleecefs")], "id").unwrap());
+        let tmpfs = Tmpfs::new();
+        check(&create_in(&[tmpfs.join("fleecefs")], "id").unwrap());
         check(&*HeapShmRoot::new().create("id").unwrap());
     }
 
@@ -486,8 +482,8 @@ mod tests {
 
     #[test]
     fn a_namespace_is_found_in_any_place_until_it_is_removed() {
-        let tmpfs = Tmpfs::new("find");
-        let places = [tmpfs.0.join("a"), tmpfs.0.join("b")];
+        let tmpfs = Tmpfs::new();
+        let places = [tmpfs.join("a"), tmpfs.join("b")];
         assert!(find_in(&places, "x").unwrap().is_none());
         create_in(&places[1..], "x").unwrap().create("bits", 1).unwrap();
         let found = create_in(&places, "x").unwrap();
@@ -508,20 +504,20 @@ mod tests {
         let place = disk.path().join("fleecefs");
         assert!(create_in(std::slice::from_ref(&place), "x").is_err());
         assert!(!place.exists());
-        let tmpfs = Tmpfs::new("second");
-        let shm = create_in(&[place, tmpfs.0.join("fleecefs")], "x").unwrap();
-        assert!(shm.dir.starts_with(&tmpfs.0));
+        let tmpfs = Tmpfs::new();
+        let shm = create_in(&[place, tmpfs.join("fleecefs")], "x").unwrap();
+        assert!(shm.dir.starts_with(tmpfs.0.path()));
     }
 
     #[test]
     fn a_directory_that_others_prepared_is_refused() {
-        let tmpfs = Tmpfs::new("attack");
-        let link = tmpfs.0.join("link");
-        let target = tmpfs.0.join("target");
+        let tmpfs = Tmpfs::new();
+        let link = tmpfs.join("link");
+        let target = tmpfs.join("target");
         fs::DirBuilder::new().mode(0o700).create(&target).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
         assert!(create_in(&[link], "x").is_err(), "a link");
-        let open = tmpfs.0.join("open");
+        let open = tmpfs.join("open");
         fs::create_dir(&open).unwrap();
         fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         assert!(create_in(std::slice::from_ref(&open), "x").is_err(), "open to others");
@@ -533,8 +529,8 @@ mod tests {
 
     #[test]
     fn memory_is_allocated_beforehand_or_refused() {
-        let tmpfs = Tmpfs::new("room");
-        let shm = create_in(&[tmpfs.0.join("fleecefs")], "x").unwrap();
+        let tmpfs = Tmpfs::new();
+        let shm = create_in(&[tmpfs.join("fleecefs")], "x").unwrap();
         shm.create("bits", 4096).unwrap();
         let file = shm.dir.join("bits");
         assert!(fs::metadata(&file).unwrap().blocks() * 512 >= 4096 * 8);
@@ -549,8 +545,8 @@ mod tests {
 
     #[test]
     fn words_survive_a_killed_process() {
-        let tmpfs = Tmpfs::new("kill");
-        let shm = create_in(&[tmpfs.0.join("fleecefs")], "x").unwrap();
+        let tmpfs = Tmpfs::new();
+        let shm = create_in(&[tmpfs.join("fleecefs")], "x").unwrap();
         let words = shm.create("bits", 8).unwrap();
         // SAFETY: the child calls nothing but atomics and kill(2), both safe after a fork of many threads.
         let child = unsafe { libc::fork() };

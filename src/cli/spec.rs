@@ -73,13 +73,13 @@ pub fn l2_cache_size(text: &str) -> Result<u64> {
 
 /// A format by its name.
 pub fn parse_format(name: &str) -> Result<Format> {
-    let found = [Format::Raw, Format::Qcow2].into_iter().find(|format| format.to_string() == name);
-    found.ok_or_else(|| Error::new(errno::EINVAL, format!("format '{name}'"), "neither raw nor qcow2"))
+    format_by_name(name).map_err(|why| Error::new(errno::EINVAL, format!("format '{name}'"), why))
 }
 
 /// The same, as clap has it.
 pub fn format_by_name(name: &str) -> std::result::Result<Format, String> {
-    parse_format(name).map_err(|_| "neither raw nor qcow2".to_owned())
+    let found = [Format::Raw, Format::Qcow2].into_iter().find(|format| format.to_string() == name);
+    found.ok_or_else(|| "neither raw nor qcow2".to_owned())
 }
 
 fn plain(value: Vec<u8>) -> std::result::Result<String, String> {

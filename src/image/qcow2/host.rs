@@ -216,13 +216,13 @@ impl HostFile {
         result
     }
 
-    /// Writes a word of metadata. Where that fails it may stand there all the same, so this also gives the word that
-    /// counts from now on: what the file holds, where it can be read.
-    pub fn put_word(&self, offset: u64, word: u64) -> (Option<u64>, Result<()>) {
-        let written = self.write_at(&word.to_be_bytes(), offset);
-        let mut now = word.to_be_bytes();
+    /// Writes fields of metadata. Where that fails they may stand there all the same, so this also gives what counts
+    /// from now on: what the file holds, where it can be read.
+    pub fn put<const N: usize>(&self, offset: u64, fields: [u8; N]) -> (Option<[u8; N]>, Result<()>) {
+        let written = self.write_at(&fields, offset);
+        let mut now = fields;
         let known = written.is_ok() || self.read_at(&mut now, offset).is_ok();
-        (known.then_some(u64::from_be_bytes(now)), written)
+        (known.then_some(now), written)
     }
 
     /// Zeros in the part of a range that is in the file; what lies behind its end reads as zeros.

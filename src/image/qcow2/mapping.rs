@@ -344,9 +344,9 @@ impl Mapping {
         let Some(word) = l1.words.get(index as usize) else {
             return Err(Error::new(errno::EIO, "qcow2 L1 table", "has no entry for this offset").at_offset(offset));
         };
-        let (now, written) = file.put_word(l1.offset.0 + index * 8, raw);
+        let (now, written) = file.put(l1.offset.0 + index * 8, raw.to_be_bytes());
         if let Some(now) = now {
-            word.store(now, Ordering::Release);
+            word.store(u64::from_be_bytes(now), Ordering::Release);
         }
         written
     }

@@ -68,9 +68,9 @@ impl Qcow2Image {
 
     /// The size in the header, then the one that readers go by.
     fn set_size(&self, size: u64) -> Result<()> {
-        let (now, written) = self.file.put_word(SIZE_AT, size);
+        let (now, written) = self.file.put(SIZE_AT, size.to_be_bytes());
         if let Some(now) = now {
-            self.size.store(now, Ordering::Release);
+            self.size.store(u64::from_be_bytes(now), Ordering::Release);
         }
         written?;
         self.file.sync()
@@ -101,18 +101,14 @@ impl Qcow2Image {
             session.take_back(&row);
             return Err(e);
         }
-        let mut fields = (entries as u32).to_be_bytes().to_vec();
-        fields.extend_from_slice(&new.0.to_be_bytes());
-        let mut linked = self.file.write_at(&fields, L1_FIELDS_AT);
-        if let Err(e) = &linked {
-            // They may stand there all the same, and only the file tells.
-            let mut now = vec![0; fields.len()];
-            if self.file.read_at(&mut now, L1_FIELDS_AT).is_err() || now != fields {
-                session.leak(e);
-                return linked;
-            }
+        let mut fields = [0; 12];
+        fields[..4].copy_from_slice(&(entries as u32).to_be_bytes());
+        fields[4..].copy_from_slice(&new.0.to_be_bytes());
+        let (now, linked) = self.file.put(L1_FIELDS_AT, fields);
+        if now != Some(fields) {
+            return linked.inspect_err(|e| session.leak(e));
         }
-        linked = linked.and_then(|()| self.file.sync());
+        let linked = linked.and_then(|()| self.file.sync());
         self.mapping.move_l1(new, words);
         self.file.forget(old);
         let clusters = |start: HostOffset, bytes: u64| {

@@ -499,14 +499,13 @@ impl Qcow2Image {
     /// costs space alone.
     fn let_go(&self, writer: &Writer, plans: &[Plan]) {
         for plan in plans {
-            if !matches!(plan.old, Old::Nothing) {
-                let mut session = writer.session.lock();
-                let freed = match plan.old {
-                    Old::Nothing => Ok(()),
-                    Old::Cluster(host) => session.free(host),
-                    Old::Compressed(at) => session.free_compressed(at),
-                };
-                let _ = freed.inspect_err(|e| session.leak(e));
+            let freed = match plan.old {
+                Old::Nothing => Ok(()),
+                Old::Cluster(host) => writer.session.lock().free(host),
+                Old::Compressed(at) => writer.session.lock().free_compressed(at),
+            };
+            if let Err(e) = freed {
+                writer.session.lock().leak(&e);
             }
             if let (true, Some(host)) = (plan.punch, plan.host_of(plan.part.start))
                 && let Err(e) = self.data().punch_hole(host.0, plan.part.end - plan.part.start)

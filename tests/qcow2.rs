@@ -16,5 +16,6 @@ mod malformed;
 mod media;
 #[path = "qcow2/qemu.rs"]
 mod qemu;
+mod tools;
 #[path = "qcow2/writing.rs"]
 mod writing;

@@ -25,15 +25,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tempfile::TempDir;
 
+mod tools;
+
 /// True where QEMU's tools are there; a skip line else, or a failure where nothing may be skipped.
 fn has_qemu() -> bool {
-    let there = |tool: &str| Command::new(tool).arg("--version").output().is_ok();
-    if ["qemu-img", "qemu-io", "qemu-nbd"].into_iter().all(there) {
-        return true;
-    }
-    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "QEMU's tools are absent");
-    eprintln!("skip {}: without qemu-img, qemu-io, qemu-nbd", module_path!());
-    false
+    tools::has_tools(module_path!(), &["qemu-img", "qemu-io", "qemu-nbd"])
 }
 
 #[track_caller]

@@ -15,15 +15,11 @@ use tempfile::TempDir;
 
 #[path = "qcow2_check/kinds.rs"]
 mod kinds;
+mod tools;
 
 /// True where QEMU's tools are there; a skip line else, or a failure where nothing may be skipped.
 fn has_qemu() -> bool {
-    if Command::new("qemu-img").arg("--version").output().is_ok() {
-        return true;
-    }
-    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "qemu-img is absent");
-    eprintln!("skip {}: without qemu-img", module_path!());
-    false
+    tools::has_tools(module_path!(), &["qemu-img"])
 }
 
 fn run(program: &str, args: &[&str]) -> Output {

@@ -21,3 +21,4 @@ mod images;
 mod stalls;
 #[path = "qcow2_concurrency/stress.rs"]
 mod stress;
+mod tools;

@@ -25,3 +25,4 @@ mod recorder;
 mod scripts;
 #[path = "qcow2_crash/session.rs"]
 mod session;
+mod tools;

@@ -1,20 +1,13 @@
 //! QEMU's tools, and what the tests ask of an open image.
 
 use fleecefs::image::{Image, OpenOptions};
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 /// Whether qemu-img and qemu-io are there; one `skip` line where they are not, a failure where nothing may be skipped.
 pub fn has_qemu(test: &str) -> bool {
-    let found = |tool: &str| Command::new(tool).arg("--version").output().is_ok_and(|out| out.status.success());
-    if found("qemu-img") && found("qemu-io") {
-        return true;
-    }
-    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "{test}: without qemu-img and qemu-io");
-    let _ = writeln!(std::io::stderr(), "skip {test}: without qemu-img and qemu-io");
-    false
+    crate::tools::has_tools(test, &["qemu-img", "qemu-io"])
 }
 
 /// The full sizes are asked for.

@@ -6,7 +6,6 @@ use fleecefs::image::qcow2::bitmaps_format::{Directory, Entry};
 use fleecefs::image::qcow2::read_header;
 use fleecefs::storage::{MemFile, SharedStorage, Storage};
 use std::fs::File;
-use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
@@ -132,13 +131,7 @@ pub struct Prepared {
 
 /// Whether QEMU's tools are there; one `skip` line where they are not, a failure where nothing may be skipped.
 pub fn has_qemu(test: &str) -> bool {
-    let found = |tool: &str| Command::new(tool).arg("--version").output().is_ok_and(|out| out.status.success());
-    if found("qemu-img") && found("qemu-io") {
-        return true;
-    }
-    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "{test}: without qemu-img and qemu-io");
-    let _ = writeln!(std::io::stderr(), "skip {test}: without qemu-img and qemu-io");
-    false
+    crate::tools::has_tools(test, &["qemu-img", "qemu-io"])
 }
 
 /// Runs a tool in a directory; it must succeed.

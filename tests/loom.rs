@@ -1,8 +1,9 @@
 //! The weak-memory side of I2 and I3, under loom: every schedule and every value that the C11 rules let a load see.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test --test loom`. Two parts:
+//! `RUSTFLAGS="--cfg loom" cargo test --test loom`. Three parts:
 //! * `protocol`: the rules alone, on a few cells, each with the mutants that break it. A mutant that no execution
 //!   exposes fails its test, so that the model is known to tell the rules from their absence.
+//! * `bits`: the summary above a bitmap's words, the product's and the rules alone.
 //! * `core`: the real core with an image whose bytes are relaxed cells.
 //!
 //! **The kernel's I/O as relaxed atomics.** A pwrite is plain stores into the page cache by a kernel thread, a pread
@@ -14,6 +15,8 @@
 
 #![cfg(loom)]
 
+#[path = "loom/bits.rs"]
+mod bits;
 #[path = "loom/core.rs"]
 mod core;
 #[path = "loom/explore.rs"]

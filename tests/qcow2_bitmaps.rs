@@ -21,7 +21,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -113,7 +112,7 @@ fn ours(path: &Path) -> BTreeMap<String, (u64, bool, Option<Vec<u64>>)> {
 }
 
 fn words(bits: &Bits) -> Vec<u64> {
-    bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
+    bits.words().collect()
 }
 
 /// The bits that writes to these ranges set.

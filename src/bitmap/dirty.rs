@@ -4,8 +4,10 @@
 //! mark of one byte marks its granule, a merge between granularities marks every granule that a dirty byte touches. So
 //! a bitmap may say too much, never too little.
 
-use crate::bitmap::bits::Bits;
+use crate::bitmap::bits::{Bits, Put};
+use crate::bitmap::scale;
 use crate::error::{Error, Result, errno};
+use crate::sync::full_fence;
 use crate::units::{GRANULARITY_RANGE, MAX_DISK_BYTES, human_size};
 use std::ops::Range;
 
@@ -64,8 +66,15 @@ impl DirtyBitmap {
 
     /// Marks every granule that `offset..offset + len` touches, before anything that the caller does afterwards (I6).
     pub fn mark(&self, offset: u64, len: u64) {
+        self.mark_unfenced(offset, len);
+        full_fence();
+    }
+
+    /// As [`DirtyBitmap::mark`] without the full fence, which the caller passes before what it does afterwards: one for
+    /// all the bitmaps that it marks.
+    pub fn mark_unfenced(&self, offset: u64, len: u64) {
         if len > 0 {
-            self.bits.set_range(self.granules(offset, offset.saturating_add(len)));
+            self.bits.set_range_unfenced(self.granules(offset, offset.saturating_add(len)));
         }
     }
 
@@ -93,15 +102,13 @@ impl DirtyBitmap {
 
     /// Marks what is dirty in `other`, whatever its granularity; what lies past the end of this disk is left out.
     pub fn merge_from(&self, other: &DirtyBitmap) {
-        if self.granularity == other.granularity {
-            self.bits.or_from(&other.bits);
-            return;
-        }
-        let mut at = 0;
-        while let Some(run) = other.next_dirty_run(at, self.size) {
-            self.mark(run.start, run.end - run.start);
-            at = run.end;
-        }
+        scaled(other, self.granularity, self.size, &mut self.bits.put_shared());
+        full_fence();
+    }
+
+    /// As [`DirtyBitmap::merge_from`], into a bitmap that nobody marks yet: several times as fast.
+    pub fn absorb(&mut self, other: &DirtyBitmap) {
+        scaled(other, self.granularity, self.size, &mut self.bits.put());
     }
 
     /// Marks everything.
@@ -117,8 +124,8 @@ impl DirtyBitmap {
     /// This bitmap for a disk of `new_size` bytes, over clear `bits`: the same granules dirty, and what was added dirty
     /// too where `growth_dirty`. The caller keeps markers away.
     pub fn resized(&self, new_size: u64, bits: Bits, growth_dirty: bool) -> Result<DirtyBitmap> {
-        let resized = DirtyBitmap::new(self.granularity, new_size, bits)?;
-        resized.bits.or_from(&self.bits);
+        let mut resized = DirtyBitmap::new(self.granularity, new_size, bits)?;
+        resized.bits.or_from_mut(&self.bits);
         if growth_dirty && new_size > self.size {
             resized.mark(self.size, new_size - self.size);
         }
@@ -129,6 +136,20 @@ impl DirtyBitmap {
     fn granules(&self, from: u64, end: u64) -> Range<u64> {
         from / self.granularity..end.div_ceil(self.granularity)
     }
+}
+
+/// Puts a bitmap's bits into one of another granularity, as far as its disk of `size` bytes reaches too.
+fn scaled(from: &DirtyBitmap, granularity: u64, size: u64, put: &mut Put<'_>) {
+    let bytes = size.min(from.size);
+    let (to_shift, from_shift) = (granularity.trailing_zeros(), from.granularity.trailing_zeros());
+    from.bits.each_group(bytes.div_ceil(from.granularity), |first, words| {
+        if to_shift < from_shift {
+            let end = bytes.div_ceil(granularity);
+            scale::expand(words, first, from_shift - to_shift, end, |first, words| put.or(first, words));
+        } else {
+            scale::shrink(words, first, to_shift - from_shift, |first, words| put.or(first, words));
+        }
+    });
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]
@@ -173,7 +194,7 @@ mod tests {
     }
 
     fn granularity() -> impl Strategy<Value = u64> {
-        (9..13u32).prop_map(|shift| 1u64 << shift)
+        (9..17u32).prop_map(|shift| 1u64 << shift)
     }
 
     fn marks() -> impl Strategy<Value = Vec<(u64, u64)>> {
@@ -188,9 +209,10 @@ mod tests {
             (g1, g2) in (granularity(), granularity()),
             (size1, size2) in (0..33_000u64, 0..33_000u64),
             (marks1, marks2) in (marks(), marks()),
+            alone: bool,
             (from, end) in (0..34_000u64, 0..40_000u64),
         ) {
-            let (a, b) = (DirtyBitmap::heap(g1, size1).unwrap(), DirtyBitmap::heap(g2, size2).unwrap());
+            let (mut a, b) = (DirtyBitmap::heap(g1, size1).unwrap(), DirtyBitmap::heap(g2, size2).unwrap());
             let (mut ma, mut mb) = (Model::new(g1, size1), Model::new(g2, size2));
             for (offset, len) in marks1 {
                 a.mark(offset, len);
@@ -201,7 +223,7 @@ mod tests {
                 mb.mark(offset, len);
             }
             assert_same(&a, &ma);
-            a.merge_from(&b);
+            if alone { a.absorb(&b) } else { a.merge_from(&b) }
             ma.merge(&mb);
             assert_same(&a, &ma);
             let mut at = from;

@@ -1,11 +1,14 @@
 //! Dirty bitmaps: which parts of a disk changed, and the file that remembers it.
 //!
-//! [`bits`] are plain bits that many threads set without a lock; [`dirty`] puts bytes of a disk to them; [`sidecar`]
+//! [`bits`] are plain bits that many threads set without a lock, under a summary of where some are set; [`dirty`] puts
+//! bytes of a disk to them, `scale` one granularity to another; [`sidecar`]
 //! is the crash-safe file in which they, and everything known about checkpoints, consumers and layers, survive.
 
 pub mod bits;
 pub mod dirty;
+mod scale;
 pub mod sidecar;
+mod summary;
 
 pub use bits::Bits;
 pub use dirty::DirtyBitmap;

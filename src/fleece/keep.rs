@@ -21,7 +21,7 @@ pub(super) fn save(layer: &Layer) -> Result<()> {
     for (part, words) in layer.parts() {
         let mut bytes: Vec<u8> = Vec::with_capacity(words.len() * 8 + 4);
         for word in words {
-            bytes.extend_from_slice(&word.load(Ordering::SeqCst).to_le_bytes());
+            bytes.extend_from_slice(&word.to_le_bytes());
         }
         let crc = crc32c::crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());

@@ -239,11 +239,12 @@ impl Layer {
     }
 
     /// The word arrays to keep over a clean stop, by part name.
-    pub(super) fn parts(&self) -> Vec<(&'static str, &[crate::sync::atomic::AtomicU64])> {
-        let mut parts: Vec<(&'static str, &[crate::sync::atomic::AtomicU64])> =
-            vec![("head", &self.head), ("copied", self.copied.words())];
+    pub(super) fn parts(&self) -> Vec<(&'static str, Box<dyn ExactSizeIterator<Item = u64> + '_>)> {
+        let head = self.head.iter().map(|word| word.load(Ordering::SeqCst));
+        let mut parts: Vec<(_, Box<dyn ExactSizeIterator<Item = u64> + '_>)> =
+            vec![("head", Box::new(head)), ("copied", Box::new(self.copied.words()))];
         if let Some(bits) = self.released.get() {
-            parts.push(("released", bits.words()));
+            parts.push(("released", Box::new(bits.words())));
         }
         parts
     }

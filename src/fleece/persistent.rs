@@ -41,7 +41,6 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::persistent::{BITS_MAX_BYTES, Change, Mark, NewBitmap, PersistentBitmaps, StoredBitmap, Trust};
 use crate::storage::Shm;
-use crate::sync::atomic::Ordering;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -157,8 +156,8 @@ impl<'a> Bitmaps<'a> {
 
     fn load(&self, stored: &StoredBitmap) -> Result<DirtyBitmap> {
         let words = self.image.map_or(Ok(Vec::new()), |image| image.load(&stored.name))?;
-        let bits = Bits::heap(DirtyBitmap::bits_for(stored.granularity, self.size)?);
-        super::keep::fill(bits.words(), words.into_iter());
+        let mut bits = Bits::heap(DirtyBitmap::bits_for(stored.granularity, self.size)?);
+        bits.or_words(0, words);
         DirtyBitmap::new(stored.granularity, self.size, bits)
     }
 
@@ -235,8 +234,8 @@ fn in_words(bits: &DirtyBitmap, uuid: Uuid, size: u64, shm: &dyn Shm) -> Result<
 /// Whether every bit of `kept` is set in `now`, as far as both reach.
 fn has_all(now: &DirtyBitmap, kept: &DirtyBitmap) -> bool {
     let (now, kept) = (now.bits(), kept.bits());
-    let mut words = kept.words().iter().zip(now.words());
-    words.all(|(kept, now)| kept.load(Ordering::Relaxed) & !now.load(Ordering::Relaxed) == 0)
+    let mut words = kept.words().zip(now.words());
+    words.all(|(kept, now)| kept & !now == 0)
         // Where the disk was cut off, the last word may have lost bits behind its end.
         || (now.len() < kept.len() && (0..now.len()).all(|bit| now.get(bit) || !kept.get(bit)))
 }
@@ -256,7 +255,7 @@ struct ToStore {
 
 impl ToStore {
     fn new(name: &str, auto: bool, bitmap: &DirtyBitmap) -> ToStore {
-        let words = bitmap.bits().words().iter().map(|word| word.load(Ordering::SeqCst)).collect();
+        let words = bitmap.bits().words().collect();
         ToStore { name: name.to_owned(), granularity: bitmap.granularity(), auto, words }
     }
 
@@ -381,8 +380,8 @@ impl Disk {
         let mut kept = Vec::new();
         for user in directory.bitmaps.iter().filter(in_image) {
             let (granularity, size) = (user.bitmap.granularity, user.bitmap.size);
-            let bits = Bits::heap(DirtyBitmap::bits_for(granularity, size)?);
-            super::keep::fill(bits.words(), image.load(&user.name)?.into_iter());
+            let mut bits = Bits::heap(DirtyBitmap::bits_for(granularity, size)?);
+            bits.or_words(0, image.load(&user.name)?);
             let bitmap = Arc::new(DirtyBitmap::new(granularity, size, bits)?);
             kept.push(self.tracking.seal(&Recording { uuid: user.bitmap.uuid, bitmap }, None)?);
         }

@@ -374,7 +374,7 @@ impl Opening<'_> {
             Some(bitmap) => {
                 let bits = bitmap.bits();
                 let words = self.shm.create(&fine_name(entry.uuid), Bits::words_for(bits.len()))?;
-                keep::fill(&words, bits.words().iter().map(|word| word.load(Ordering::SeqCst)));
+                keep::fill(&words, bits.words());
                 bitmap
             }
             None => {
@@ -498,8 +498,8 @@ fn words_of(old: &dyn Shm, entry: &BitmapEntry) -> Result<Option<DirtyBitmap>> {
     if words.len() != Bits::words_for(bits) {
         return Ok(None);
     }
-    let copy = Bits::heap(bits);
-    keep::fill(copy.words(), words.iter().map(|word| word.load(Ordering::SeqCst)));
+    let mut copy = Bits::heap(bits);
+    copy.or_words(0, words.iter().map(|word| word.load(Ordering::SeqCst)));
     DirtyBitmap::new(entry.granularity, entry.size, copy).map(Some)
 }
 

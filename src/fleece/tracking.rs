@@ -14,8 +14,8 @@ use crate::bitmap::{BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directo
 use crate::error::{Error, Result, errno};
 use crate::storage::clock::now_coarse_ns;
 use crate::storage::{Shm, Words};
-use crate::sync::Published;
 use crate::sync::atomic::Ordering;
+use crate::sync::{Published, full_fence};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -60,8 +60,13 @@ impl Tracking {
 
     /// Marks a range in every recording bitmap and notes the time. The caller holds the gate.
     pub(super) fn mark(&self, offset: u64, len: u64) {
-        for recording in self.recording.load().iter() {
-            recording.bitmap.mark(offset, len);
+        let recordings = self.recording.load();
+        for recording in recordings.iter() {
+            recording.bitmap.mark_unfenced(offset, len);
+        }
+        if !recordings.is_empty() {
+            // One for all of them: whoever sees the write that follows finds it in each.
+            full_fence();
         }
         self.note_write();
     }
@@ -175,12 +180,12 @@ impl Tracking {
 fn union_of(tracking: &Tracking, checkpoints: &[CheckpointEntry], size: u64) -> Result<Union> {
     let granularity =
         checkpoints.iter().map(|c| c.bitmap.granularity).min().unwrap_or(crate::units::DEFAULT_GRANULARITY);
-    let bitmap = DirtyBitmap::heap(granularity, size)?;
+    let mut bitmap = DirtyBitmap::heap(granularity, size)?;
     let mut everything = None;
     for checkpoint in checkpoints {
         match tracking.load(&checkpoint.bitmap) {
             Ok(part) => {
-                bitmap.merge_from(&part);
+                bitmap.absorb(&part);
                 if part.size() < size {
                     // The area past the recorded size is not known to be unchanged.
                     bitmap.mark(part.size(), size - part.size());
@@ -196,8 +201,8 @@ fn union_of(tracking: &Tracking, checkpoints: &[CheckpointEntry], size: u64) -> 
 }
 
 fn copy_of(bitmap: &DirtyBitmap) -> Result<DirtyBitmap> {
-    let copy = DirtyBitmap::heap(bitmap.granularity(), bitmap.size())?;
-    copy.merge_from(bitmap);
+    let mut copy = DirtyBitmap::heap(bitmap.granularity(), bitmap.size())?;
+    copy.absorb(bitmap);
     Ok(copy)
 }
 

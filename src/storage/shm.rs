@@ -49,6 +49,23 @@ impl Words {
         Words(Memory::Heap((0..count).map(|_| AtomicU64::new(0)).collect()))
     }
 
+    /// The words for plain access; `None` unless they are on the heap and this is their only holder.
+    #[cfg(not(any(feature = "shuttle", loom)))]
+    pub fn get_mut(&mut self) -> Option<&mut [u64]> {
+        let Memory::Heap(words) = &mut self.0 else { return None };
+        let words: &mut [AtomicU64] = Arc::get_mut(words)?;
+        const { assert!(align_of::<AtomicU64>() >= align_of::<u64>() && size_of::<AtomicU64>() == size_of::<u64>()) };
+        // SAFETY: the slice is borrowed mutably, so nobody else reaches it while the result lives. AtomicU64 has the size
+        // of u64 and at least its alignment, and for both every bit pattern is valid.
+        Some(unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u64>(), words.len()) })
+    }
+
+    /// The atomics of an explorer are no plain memory.
+    #[cfg(any(feature = "shuttle", loom))]
+    pub fn get_mut(&mut self) -> Option<&mut [u64]> {
+        None
+    }
+
     /// Maps a file of tmpfs, every page of which is allocated.
     #[cfg(not(any(feature = "shuttle", loom)))]
     fn mapped(file: &File, count: usize, path: &Path) -> Result<Self> {

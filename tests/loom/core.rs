@@ -11,6 +11,7 @@ use fleecefs::storage::dir::MemDir;
 use fleecefs::storage::faulty::{Call, FaultPlan};
 use fleecefs::storage::shm::HeapShmRoot;
 use fleecefs::storage::{BlockStatus, Stamp, Storage};
+use fleecefs::sync::full_fence;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use std::path::Path;
 use std::sync::Arc;
@@ -80,6 +81,7 @@ impl Storage for Cells {
 /// A mount of the disk with a snapshot `s` of it.
 struct Rig {
     fleece: Arc<Fleece>,
+    image: Arc<Cells>,
     view: Arc<View>,
     stores: Arc<FaultPlan>,
 }
@@ -88,7 +90,8 @@ impl Rig {
     fn new() -> Arc<Rig> {
         let env = Environment { shm: Arc::new(HeapShmRoot::new()), background: false };
         let fleece = Fleece::with_environment(Options::default(), env);
-        let image = RawImage::over(Arc::new(Cells::new()), false).unwrap();
+        let cells = Arc::new(Cells::new());
+        let image = RawImage::over(cells.clone(), false).unwrap();
         let stores = Arc::new(FaultPlan::new());
         let dir = MemDir::new();
         let place = Place {
@@ -102,7 +105,7 @@ impl Rig {
         // What the first release makes is handed over by a standard library's type, which loom knows nothing of.
         fleece.release("s", "a", PAGE as u64, PAGE as u64).unwrap();
         let view = fleece.snapshot("s").unwrap().view("a").unwrap().clone();
-        Arc::new(Rig { fleece, view, stores })
+        Arc::new(Rig { fleece, image: cells, view, stores })
     }
 
     fn write(&self) {
@@ -190,4 +193,16 @@ fn a_view_answers_the_frozen_byte_or_eio_beside_a_release() {
         },
         |rig| matches!(read(&rig.view), Some(OLD) | None)
     ));
+}
+
+/// I6, for whoever looks at bitmaps that record without the gate.
+#[test]
+fn a_guests_write_is_seen_with_its_mark() {
+    assert!(beside(Rig::write, |rig| {
+        if rig.image.0[0].load(Ordering::Relaxed) == u64::from(OLD) {
+            return true;
+        }
+        full_fence();
+        rig.fleece.checkpoints()[0].disks[0].dirty > 0
+    }));
 }

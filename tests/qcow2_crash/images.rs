@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Unit of what a medium keeps or loses, and of the oracle.
 pub const SECTOR: usize = 512;
@@ -224,7 +223,7 @@ pub fn bitmaps_of(image: &dyn Storage) -> Vec<Bitmap> {
     let Some(directory) = Directory::read(image, &header).unwrap() else { return Vec::new() };
     let bitmap = |entry: &Entry| {
         let bits = entry.released().load(image, &header, true).unwrap();
-        let words = bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        let words = bits.words().collect();
         Bitmap { name: entry.name.clone(), good: entry.fault(&header, directory.consistent).is_none(), words }
     };
     directory.all.iter().map(bitmap).collect()

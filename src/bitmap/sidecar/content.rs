@@ -1,32 +1,42 @@
 //! The bits of a bitmap, to and from their area.
 //!
 //! Both stream through a buffer of [`BUFFER_BYTES`]. Pages without a set bit become holes, so that a nearly empty
-//! bitmap costs a few pages on disk whatever its length.
+//! bitmap costs a few pages on disk whatever its length. Nor is it walked: the bits' summary says what not to write, the
+//! file's holes what not to read, and the checksum goes over zeros by arithmetic (see `crc.rs`).
+//!
+//! A hole is believed only under a checksum, which covers it: where a file system took data for a hole, the bitmap is
+//! refused, as after any other damage. An area without one is read byte for byte.
 
 use super::areas::Area;
+use super::crc;
 use super::directory::area_len_for;
 use super::layout::{AREA_MAX_BYTES, PAGE};
 use crate::bitmap::bits::Bits;
 use crate::error::{Error, Result, errno};
+use crate::storage::Storage;
 use crate::storage::buffer::is_zero;
-use crate::storage::{Storage, Words};
-use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;
 
 const BUFFER_BYTES: u64 = 64 << 10;
+const WORD_BYTES: u64 = 8;
 
 /// Makes `bits` the content of the whole `area`; returns the area's crc32c.
 pub(super) fn write(file: &dyn Storage, area: &Area, bits: &Bits) -> Result<u32> {
     let mut buffer = vec![0; BUFFER_BYTES as usize];
-    let mut words = bits.words().iter();
     let mut crc = 0;
     // Where the hole in front of `at` begins: holes are punched in one piece.
     let mut hole = area.offset;
     let mut at = area.offset;
     while at < area.end() {
         let len = (area.end() - at).min(BUFFER_BYTES) as usize;
+        let first = ((at - area.offset) / WORD_BYTES) as usize;
+        if !bits.any_in_words(first, len / WORD_BYTES as usize) {
+            crc = crc::append_zeros(crc, len as u64);
+            at += len as u64;
+            continue;
+        }
         let chunk = buffer.get_mut(..len).unwrap_or_default();
-        fill(chunk, &mut words);
+        fill(chunk, bits.words_from(first));
         crc = crc32c::crc32c_append(crc, chunk);
         for run in data_runs(chunk) {
             let (start, end) = (at + run.start as u64, at + run.end as u64);
@@ -50,26 +60,31 @@ pub(super) fn read(file: &dyn Storage, area: &Area, nbits: u64, crc: Option<u32>
     if area_len_for(nbits) > area.len {
         return wrong(errno::EINVAL, "its area is too short");
     }
-    let words = Words::heap(Bits::words_for(nbits));
-    let mut unread = words.iter();
+    let mut bits = Bits::heap(nbits);
     let mut buffer = vec![0; BUFFER_BYTES as usize];
     let mut found = 0;
     let mut at = area.offset;
-    while at < area.end() && (crc.is_some() || unread.len() > 0) {
-        let len = (area.end() - at).min(BUFFER_BYTES) as usize;
-        let chunk = buffer.get_mut(..len).unwrap_or_default();
-        file.read_at(chunk, at)?;
-        found = crc32c::crc32c_append(found, chunk);
-        let (from, _) = chunk.as_chunks();
-        for (from, word) in from.iter().zip(&mut unread) {
-            word.store(u64::from_le_bytes(*from), Ordering::Relaxed);
+    let end = if crc.is_some() { area.end() } else { area.offset + area_len_for(nbits) };
+    while at < end {
+        let (until, hole) = if crc.is_some() { run_at(file, at, end)? } else { (end, false) };
+        if hole {
+            found = crc::append_zeros(found, until - at);
+            at = until;
         }
-        at += len as u64;
+        while at < until {
+            let len = (until - at).min(BUFFER_BYTES);
+            let chunk = buffer.get_mut(..len as usize).unwrap_or_default();
+            file.read_at(chunk, at)?;
+            found = crc32c::crc32c_append(found, chunk);
+            let words = chunk.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
+            bits.or_words(((at - area.offset) / WORD_BYTES) as usize, words);
+            at += len;
+        }
     }
     if crc.is_some_and(|crc| crc != found) {
         return wrong(errno::EIO, "its checksum does not match");
     }
-    Ok(Bits::new(words, nbits))
+    Ok(bits)
 }
 
 /// Checks that an area for `bytes` bytes can exist; its length.
@@ -79,6 +94,14 @@ pub(super) fn area_len(bytes: u64) -> Result<u64> {
         return Err(Error::new(errno::EFBIG, "dirty log", why).hint("choose a coarser granularity"));
     }
     Ok(bytes.div_ceil(PAGE).max(1) * PAGE)
+}
+
+/// Where the run of pages from `at` on ends that is a hole (true) or to be read.
+fn run_at(file: &dyn Storage, at: u64, end: u64) -> Result<(u64, bool)> {
+    let status = file.block_status(at, end - at)?;
+    let pages = if status.zero { status.len / PAGE } else { status.len.div_ceil(PAGE) };
+    // A hole of less than a page is read.
+    Ok(((at + pages.max(1) * PAGE).min(end), status.zero && pages > 0))
 }
 
 /// The runs of pages that hold a set bit.
@@ -102,9 +125,9 @@ fn punch(file: &dyn Storage, from: u64, end: u64) -> Result<()> {
     if from < end { file.punch_hole(from, end - from) } else { Ok(()) }
 }
 
-/// Fills `chunk` with the next words, then zeros.
-fn fill<'a>(chunk: &mut [u8], words: &mut impl Iterator<Item = &'a AtomicU64>) {
-    for to in chunk.as_chunks_mut::<8>().0 {
-        *to = words.next().map_or(0, |word| word.load(Ordering::Acquire)).to_le_bytes();
+/// Fills `chunk` with words, then zeros.
+fn fill(chunk: &mut [u8], words: impl Iterator<Item = u64>) {
+    for (to, word) in chunk.as_chunks_mut().0.iter_mut().zip(words.chain(std::iter::repeat(0))) {
+        *to = word.to_le_bytes();
     }
 }

@@ -20,6 +20,7 @@
 
 pub mod areas;
 mod content;
+mod crc;
 pub mod directory;
 pub mod layout;
 mod medium;

@@ -13,7 +13,6 @@ use crate::bitmap::bits::Bits;
 use crate::error::{Error, Result, errno};
 use crate::image::persistent::BITS_MAX_BYTES;
 use crate::storage::Storage;
-use crate::sync::atomic::Ordering;
 use std::collections::HashSet;
 
 /// Most bitmaps of an image.
@@ -174,7 +173,7 @@ impl Entry {
         }
         let cluster_bytes = header.cluster_size();
         let file_bytes = storage.len()?;
-        let bits = Bits::heap(header.size.div_ceil(self.granularity_bytes()));
+        let mut bits = Bits::heap(header.size.div_ceil(self.granularity_bytes()));
         let table = read_table(storage, self.table_offset.0, u64::from(self.table_entries))?;
         let mut buf = vec![0; cluster_bytes as usize];
         let mut left = data_bytes(header.size, self.granularity_bits);
@@ -189,7 +188,7 @@ impl Entry {
                 }
                 Piece::Stored(offset) => {
                     storage.read_at(&mut buf, offset.0)?;
-                    if !store_bits(&bits, first, &buf) {
+                    if !store_bits(&mut bits, first, &buf) {
                         return Err(bad(what, "bits behind the end of the disk are set").at_offset(offset.0));
                     }
                 }
@@ -200,21 +199,17 @@ impl Entry {
 }
 
 /// Sets the bits of `bytes` from bit `first`, a multiple of 64; false where one lies behind the end.
-fn store_bits(bits: &Bits, first: u64, bytes: &[u8]) -> bool {
-    for (chunk, at) in bytes.chunks_exact(8).zip((first..).step_by(64)) {
-        let word = chunk.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        if word == 0 {
-            continue;
-        }
+fn store_bits(bits: &mut Bits, first: u64, bytes: &[u8]) -> bool {
+    let word = |chunk: &[u8]| chunk.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let words = || bytes.chunks_exact(8).map(word);
+    let behind = words().zip((first..).step_by(64)).any(|(word, at)| {
         let here = bits.len().saturating_sub(at).min(64);
-        if here == 0 || word.checked_shr(here as u32).unwrap_or(0) != 0 {
-            return false;
-        }
-        if let Some(slot) = bits.words().get((at / 64) as usize) {
-            slot.fetch_or(word, Ordering::AcqRel);
-        }
+        word != 0 && (here == 0 || word.checked_shr(here as u32).unwrap_or(0) != 0)
+    });
+    if !behind {
+        bits.or_words((first / 64) as usize, words());
     }
-    true
+    !behind
 }
 
 impl Directory {

@@ -8,7 +8,6 @@ use super::*;
 use crate::bitmap::Bits;
 use crate::storage::faulty::{Call, FaultPlan, Faulty};
 use crate::storage::{MemFile, SharedStorage};
-use crate::sync::atomic::Ordering;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashSet};
@@ -49,7 +48,7 @@ fn found(storage: &dyn Storage) -> Option<Models> {
             vec![]
         } else {
             let bits = entry.load(storage, &header, true).unwrap();
-            bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
+            bits.words().collect()
         };
         Model { granularity_bits: entry.granularity_bits, auto: entry.auto(), in_use: entry.in_use(), words }
     };
@@ -76,7 +75,7 @@ fn pattern(granularity_bits: u8, seed: u64) -> Vec<u64> {
             bits.set(bit);
         }),
     }
-    bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
+    bits.words().collect()
 }
 
 #[derive(Debug, Clone)]

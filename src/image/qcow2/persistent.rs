@@ -16,7 +16,6 @@ use super::{header_write, read_header};
 use crate::error::{Error, Result, errno};
 use crate::image::persistent::{Change, Mark, PersistentBitmaps, StoredBitmap, Trust};
 use crate::storage::{Stamp, Storage};
-use crate::sync::atomic::Ordering;
 use uuid::Uuid;
 
 impl Qcow2Image {
@@ -100,7 +99,7 @@ impl PersistentBitmaps for Qcow2Image {
             return Err(Error::new(errno::ENOENT, what, "there is none of that name").at_path(self.file.path()));
         };
         let bits = entry.released().load(&*self.file, &header, true)?;
-        Ok(bits.words().iter().map(|word| word.load(Ordering::Relaxed)).collect())
+        Ok(bits.words().collect())
     }
 
     fn mark(&self) -> Result<Mark> {

@@ -1,8 +1,8 @@
 //! What the sidecar promises while nothing crashes, and when calls fail.
 
 use super::*;
-use crate::storage::Stamp;
 use crate::storage::faulty::{Call, FaultPlan, Faulty};
+use crate::storage::{BlockStatus, Stamp, Storage};
 
 fn reopened(disk: &Disk) -> Sidecar {
     Sidecar::open(disk.shared()).unwrap()
@@ -148,6 +148,69 @@ fn bits_round_trip_with_holes_for_clean_pages() {
     let read = sidecar.read_bits(&area, dense.len(), Some(crc)).unwrap();
     assert_eq!((read.count(), read.len()), (dense.len(), dense.len()));
     assert_eq!(sidecar.read_bits(&area, 100, None).unwrap().count(), 100, "bits behind the last are cut off");
+}
+
+/// A file that counts what is read of it, and perhaps calls all of it a hole.
+#[derive(Debug)]
+struct Watched {
+    file: SharedStorage,
+    all_holes: bool,
+    bytes_read: std::sync::atomic::AtomicU64,
+}
+
+impl Storage for Watched {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.bytes_read.fetch_add(buf.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.file.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.file.write_at(buf, offset)
+    }
+    fn sync(&self) -> Result<()> {
+        self.file.sync()
+    }
+    fn len(&self) -> Result<u64> {
+        self.file.len()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.file.set_len(len)
+    }
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.file.punch_hole(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.file.write_zeroes(offset, len)
+    }
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        match self.all_holes {
+            true => Ok(BlockStatus { len, zero: true }),
+            false => self.file.block_status(offset, len),
+        }
+    }
+    fn stamp(&self) -> Result<Stamp> {
+        self.file.stamp()
+    }
+    fn path(&self) -> &std::path::Path {
+        self.file.path()
+    }
+}
+
+#[test]
+fn holes_are_not_read_and_believed_under_a_checksum_alone() {
+    let (disk, sidecar) = fresh();
+    let area = sidecar.allocate(2 << 20).unwrap();
+    let set = [3, 70_000, area.len * 8 - 1];
+    let crc = sidecar.write_bits(&area, &bits(&area, &set)).unwrap();
+    let watched = |all_holes| Watched { file: disk.shared(), all_holes, bytes_read: 0.into() };
+    let read = |file: &Watched, crc| content::read(file, &area, area.len * 8, crc);
+
+    let honest = watched(false);
+    assert_eq!(set_of(&read(&honest, Some(crc)).unwrap()), set);
+    assert_eq!(honest.bytes_read.into_inner(), set.len() as u64 * PAGE);
+
+    let lying = watched(true);
+    assert_eq!(read(&lying, Some(crc)).unwrap_err().errno(), errno::EIO, "no bit is lost to a file system's error");
+    assert_eq!(set_of(&read(&lying, None).unwrap()), set);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! 2. a disk's `reaping` (folding and closing)
 //! 3. gates of disks, in name order
 //! 4. a disk's stripes, in index order
-//! 5. chain edit, sidecar directory
+//! 5. chain edit, noting a loss (`fleece::lost`), sidecar directory
 //! 6. everything else (leaf locks, held for a few instructions and never across I/O)
 
 #[cfg(not(any(feature = "shuttle", loom)))]
@@ -64,6 +64,10 @@ mod imp {
         /// Waits for the lock.
         pub fn lock(&self) -> MutexGuard<'_, T> {
             self.0.lock().unwrap()
+        }
+        /// The lock, where nobody holds it.
+        pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            self.0.try_lock().ok()
         }
     }
 

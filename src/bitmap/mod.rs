@@ -13,6 +13,6 @@ mod summary;
 pub use bits::Bits;
 pub use dirty::DirtyBitmap;
 pub use sidecar::{
-    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Prepared,
+    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Loss, Prepared,
     PreparedAction, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState, region_size_for,
 };

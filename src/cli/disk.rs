@@ -31,6 +31,12 @@ pub struct AddArgs {
     /// The image, under the name of its file or NAME
     #[arg(value_name = "[NAME=]IMAGE")]
     image: OsString,
+    /// What is believed after a stop where it is on a block device: distrust or trust [default: as the mount]
+    #[arg(long, value_name = "POLICY", value_parser = ["distrust", "trust"])]
+    block_devices: Option<String>,
+    /// Leave no mark of ours in a qcow2 image [default: as the mount]
+    #[arg(long)]
+    no_mark: bool,
     #[command(flatten)]
     json: JsonArg,
 }
@@ -86,7 +92,14 @@ impl AddArgs {
                 .at_path(&spec.file)
                 .hint("give it to `fleecefs mount`")
         })?;
-        let reply = execute(&self.mnt, "fleecefs-disk-add", json!({ "file": file, "name": spec.name }))?;
+        let mut arguments = json!({ "file": file, "name": spec.name });
+        if let Some(policy) = &self.block_devices {
+            arguments["block-devices"] = json!(policy);
+        }
+        if self.no_mark {
+            arguments["no-mark"] = json!(true);
+        }
+        let reply = execute(&self.mnt, "fleecefs-disk-add", arguments)?;
         let mut out = Out::new();
         if self.json.json {
             return out.json(&reply);

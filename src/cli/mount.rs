@@ -1,10 +1,10 @@
 //! `fleecefs mount`: parses and checks everything before anything is touched.
 
 use super::Exit;
-use super::spec::{format_by_name, l2_cache_size, parse_disk_option, parse_image};
+use super::spec::{block_devices_by_name, format_by_name, l2_cache_size, parse_disk_option, parse_image};
 use crate::daemon::{self, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Options, StoreErrorPolicy};
+use crate::fleece::{BlockDevicePolicy, Options, StoreErrorPolicy, TrackingErrorPolicy};
 use crate::image::{Cache, Format};
 use crate::storage::process;
 use crate::units::{CHUNK_RANGE, DEFAULT_CHUNK, parse_size};
@@ -29,8 +29,8 @@ pub struct MountArgs {
     /// Mount option, for example noexec
     #[arg(short = 'o', value_name = "FUSEOPT", value_delimiter = ',')]
     fuse_options: Vec<String>,
-    /// A disk in full: name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE];
-    /// commas inside values are doubled
+    /// A disk in full: name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE]
+    /// [,block-devices=distrust|trust][,no-mark]; commas inside values are doubled
     #[arg(long = "disk", value_name = "OPTIONS")]
     disks: Vec<OsString>,
     /// Where to keep tracking state [default: IMAGE.fleece beside each image]
@@ -45,6 +45,16 @@ pub struct MountArgs {
     /// When old content cannot be preserved: break the snapshot, or fail the guest's write
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = OnStoreError::BreakSnapshot)]
     on_store_error: OnStoreError,
+    /// When a change cannot be recorded: go on and note on the image that tracking is lost, or fail the guest's write
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = OnTrackingError::Continue)]
+    on_tracking_error: OnTrackingError,
+    /// After a stop of a disk on a block device, where foreign writers leave no trace: count everything as changed, or
+    /// believe that nobody else wrote
+    #[arg(long, value_name = "POLICY", value_parser = block_devices_by_name, default_value = "distrust")]
+    block_devices: BlockDevicePolicy,
+    /// Leave no mark of ours in qcow2 images: only their times tell then who else wrote
+    #[arg(long)]
+    no_mark: bool,
     /// Seconds after which a store that does not answer counts as failed
     #[arg(long, value_name = "SECS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     store_timeout: Option<u64>,
@@ -93,6 +103,14 @@ enum OnStoreError {
     /// Views of that disk break; the guest goes on
     BreakSnapshot,
     /// The guest gets the error; views stay whole
+    FailWrite,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnTrackingError {
+    /// The guest goes on; maps say everything
+    Continue,
+    /// The guest gets the error; maps stay right
     FailWrite,
 }
 
@@ -203,6 +221,12 @@ impl MountArgs {
             state_dir,
             store_dir,
             keep_snapshots: self.keep_snapshots,
+            on_tracking_error: match self.on_tracking_error {
+                OnTrackingError::Continue => TrackingErrorPolicy::Continue,
+                OnTrackingError::FailWrite => TrackingErrorPolicy::FailWrite,
+            },
+            block_devices: self.block_devices,
+            no_mark: self.no_mark,
             keep_checkpoints: self.keep_checkpoints as usize,
             cache: match self.cache {
                 CacheMode::Writeback => Cache::Writeback,

@@ -2,7 +2,7 @@
 
 use crate::daemon::absolute;
 use crate::error::{Error, Result, errno};
-use crate::fleece::DiskSpec;
+use crate::fleece::{BlockDevicePolicy, DiskSpec};
 use crate::image::{Format, check_l2_cache};
 use crate::units::{check_disk_name, parse_size};
 use std::ffi::{OsStr, OsString};
@@ -26,8 +26,8 @@ pub fn parse_image(text: &OsStr) -> Result<DiskSpec> {
 }
 
 /// What `--disk` takes.
-pub const DISK_SYNTAX: &str =
-    "name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE]";
+pub const DISK_SYNTAX: &str = "name=N,file=F[,format=raw|qcow2][,read-only][,snapshot=S][,force-share][,l2-cache-size=SIZE]\
+                               [,block-devices=distrust|trust][,no-mark]";
 
 /// [`DISK_SYNTAX`] as QEMU writes options: a comma inside a value is doubled.
 pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
@@ -50,7 +50,12 @@ pub fn parse_disk_option(text: &OsStr) -> Result<DiskSpec> {
             ("l2-cache-size", Some(value)) => {
                 spec.l2_cache_bytes = Some(l2_cache_size(&plain(value).map_err(bad)?).map_err(|e| bad(e.to_string()))?);
             }
-            ("name" | "file" | "format" | "snapshot" | "l2-cache-size", None) => {
+            ("block-devices", Some(value)) => {
+                let policy = plain(value).and_then(|name| block_devices_by_name(&name));
+                spec.block_devices = Some(policy.map_err(|why| bad(format!("parameter 'block-devices': {why}")))?);
+            }
+            ("no-mark", value) => spec.no_mark = Some(switch(&key, value.as_deref()).map_err(bad)?),
+            ("name" | "file" | "format" | "snapshot" | "l2-cache-size" | "block-devices", None) => {
                 return Err(bad(format!("parameter '{key}' needs a value")));
             }
             _ => return Err(bad(format!("invalid parameter '{key}'"))),
@@ -80,6 +85,15 @@ pub fn parse_format(name: &str) -> Result<Format> {
 pub fn format_by_name(name: &str) -> std::result::Result<Format, String> {
     let found = [Format::Raw, Format::Qcow2].into_iter().find(|format| format.to_string() == name);
     found.ok_or_else(|| "neither raw nor qcow2".to_owned())
+}
+
+/// What is believed of block devices, by the names of the options.
+pub fn block_devices_by_name(name: &str) -> std::result::Result<BlockDevicePolicy, String> {
+    match name {
+        "distrust" => Ok(BlockDevicePolicy::Distrust),
+        "trust" => Ok(BlockDevicePolicy::Trust),
+        _ => Err("neither distrust nor trust".to_owned()),
+    }
 }
 
 fn plain(value: Vec<u8>) -> std::result::Result<String, String> {
@@ -150,7 +164,14 @@ mod tests {
         assert_eq!((spec.format, spec.snapshot.as_deref()), (Some(Format::Qcow2), Some("a,b")));
         let spec = parse_disk_option(OsStr::new("file=/no/such/a,read-only,force-share=on,l2-cache-size=1M")).unwrap();
         assert_eq!((spec.force_share, spec.read_only, spec.l2_cache_bytes), (true, true, Some(1 << 20)));
+        let spec = parse_disk_option(OsStr::new("file=/no/such/a,block-devices=trust,no-mark")).unwrap();
+        assert_eq!((spec.block_devices, spec.no_mark), (Some(BlockDevicePolicy::Trust), Some(true)));
+        let spec = parse_disk_option(OsStr::new("file=/no/such/a,block-devices=distrust,no-mark=off")).unwrap();
+        assert_eq!((spec.block_devices, spec.no_mark), (Some(BlockDevicePolicy::Distrust), Some(false)));
         for (text, why) in [
+            ("file=/x,block-devices", "'block-devices' needs a value"),
+            ("file=/x,block-devices=hope", "'block-devices': neither distrust nor trust"),
+            ("file=/x,no-mark=maybe", "'no-mark' expects 'on' or 'off'"),
             ("file=/x,force-share=maybe", "'force-share' expects 'on' or 'off'"),
             ("file=/x,l2-cache-size", "'l2-cache-size' needs a value"),
             ("file=/x,l2-cache-size=1", "l2-cache-size 1: not from 128K to 64G"),

@@ -40,6 +40,8 @@ struct Disk {
     read_only: bool,
     store_bytes: u64,
     tracking: String,
+    #[serde(default)]
+    guards: Vec<String>,
     image: PathBuf,
     #[serde(default)]
     snapshot: Option<String>,
@@ -68,7 +70,7 @@ impl StatusArgs {
 
 fn print(status: &Status, out: &mut Out) -> Result<()> {
     out.line(format!("fleecefs {}, process {}, socket {}", status.version, status.pid, status.qmp.display()))?;
-    let mut disks = Table::new(&["DISK", "FORMAT", "ACCESS", ">SIZE", ">STORE", "TRACKING", "IMAGE"]);
+    let mut disks = Table::new(&["DISK", "FORMAT", "ACCESS", ">SIZE", ">STORE", "TRACKING", "GUARDS", "IMAGE"]);
     for disk in &status.disks {
         disks.row([
             disk.name.clone(),
@@ -77,6 +79,10 @@ fn print(status: &Status, out: &mut Out) -> Result<()> {
             human_size(disk.size),
             human_size(disk.store_bytes),
             disk.tracking.clone(),
+            match disk.guards.as_slice() {
+                [] => if disk.read_only { "-" } else { "none" }.into(),
+                guards => guards.join("+"),
+            },
             match &disk.snapshot {
                 Some(snapshot) => format!("{} (snapshot {})", disk.image.display(), printable(snapshot)),
                 None => disk.image.display().to_string(),

@@ -59,6 +59,8 @@ counters! {
     view_read_bytes: "Bytes read from frozen views",
     view_retries: "Reads of frozen views that a guest write overtook",
     views_broken: "Times that the views of a disk broke",
+    tracking_lost: "Times that changes of a disk stopped being known",
+    tracking_errors: "Changes that could not be recorded",
     layers_folded: "Layers of dropped snapshots folded into older ones",
     snapshots_taken: "Snapshots taken",
     freeze_ns: "Nanoseconds that guest writes were held for snapshots",

@@ -18,11 +18,11 @@ use super::chain::Chain;
 use super::counters::Counters;
 use super::events::{Event, Events};
 use super::layer::Layer;
+use super::lost::Losses;
 use super::store::StoreIo;
 use super::stripes::Stripes;
 use super::tracking::Tracking;
 use super::{Options, StoreErrorPolicy};
-use crate::bitmap::CheckpointState;
 use crate::error::{Error, Result, errno};
 use crate::image::{Format, Image};
 use crate::storage::buffer::AlignedBuf;
@@ -63,7 +63,8 @@ pub struct Disk {
     pub(super) chunk: u64,
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
-    flush_failed: AtomicBool,
+    /// Why a flush failed, if one did.
+    flush_failed: Mutex<Option<String>>,
     /// The image's own name, with links resolved when it was opened.
     pub(super) file: PathBuf,
     /// What became of the disk's files behind our back, if anything.
@@ -73,6 +74,11 @@ pub struct Disk {
     opens: AtomicU64,
     /// How the tracking state was found at open, for status.
     pub(super) origin: String,
+    pub(super) losses: Losses,
+    /// The checkpoint that recorded when foreign writers were last looked for in vain.
+    pub(super) looked: Mutex<Option<Uuid>>,
+    /// The image bears our mark.
+    pub(super) marked: AtomicBool,
     /// The state directory's lock; None in tests.
     _lock: Option<crate::storage::lock::FileLock>,
 }
@@ -113,10 +119,13 @@ impl Disk {
             chunk: options.chunk,
             counters: parts.counters,
             events: parts.events,
-            flush_failed: AtomicBool::new(false),
+            flush_failed: Mutex::new(None),
             misplaced: Mutex::new(None),
             image_len: AtomicU64::new(image_len),
             opens: AtomicU64::new(0),
+            losses: Losses::new(options),
+            looked: Mutex::new(None),
+            marked: AtomicBool::new(false),
             origin: parts.origin,
             _lock: parts.lock,
         }
@@ -258,7 +267,7 @@ impl Disk {
     /// Makes all completed changes durable. After a failure every later flush fails too: what was lost is not known.
     pub fn flush(&self) -> Result<()> {
         self.counters.guest_flushes.add(1);
-        if self.flush_failed.load(Ordering::SeqCst) {
+        if self.flush_failure().is_some() {
             return Err(Error::new(errno::EIO, format!("flush of disk '{}'", self.name), "an earlier flush failed")
                 .at_path(self.image.path())
                 .hint("check the host's storage, then unmount and mount again"));
@@ -267,28 +276,22 @@ impl Disk {
             return Ok(());
         }
         self.image.flush().inspect_err(|e| {
-            if !self.flush_failed.swap(true, Ordering::SeqCst) {
+            let mut failed = self.flush_failed.lock();
+            if failed.is_none() {
                 log::error!("disk '{}': {e}; every flush fails until it is mounted again", self.name);
-                self.lose_tracking(&format!("a flush of the image failed: {e}"));
+                let reason = format!("a flush of the image failed: {e}");
+                *failed = Some(reason.clone());
+                drop(failed);
+                // The kernel may have dropped pages that a view or a backup has read: the image may fall back behind a
+                // checkpoint.
+                self.lose_tracking(&reason);
             }
         })
     }
 
-    /// The kernel may have dropped pages that a view or a backup has read: the image may fall back behind a checkpoint.
-    pub(super) fn lose_tracking(&self, reason: &str) {
-        for recording in self.tracking.recording().iter() {
-            recording.bitmap.mark_all();
-        }
-        let noted = self.tracking.sidecar.commit(|directory| {
-            for entry in directory.checkpoints.iter_mut().filter(|entry| entry.state == CheckpointState::Recording) {
-                entry.bitmap.everything.get_or_insert_with(|| reason.to_owned());
-            }
-            Ok(())
-        });
-        if let Err(e) = noted {
-            log::warn!("disk '{}': {e}", self.name);
-        }
-        self.events.emit(&Event::TrackingLost { disk: self.name.clone(), reason: reason.to_owned() });
+    /// Why the image may change by itself, if it may: then no interval of this session is known.
+    pub(super) fn flush_failure(&self) -> Option<String> {
+        self.flush_failed.lock().clone()
     }
 
     /// Whether a run of the live disk is known to read as zeros.
@@ -422,6 +425,7 @@ impl Disk {
     pub(super) fn set_known_size(&self) {
         if let Ok(stamp) = self.image.stamp() {
             self.image_len.store(stamp.size, Ordering::SeqCst);
+            self.tracking.note_len(stamp.size);
         }
     }
 
@@ -454,12 +458,15 @@ impl Disk {
         }
         if size > old {
             self.resize_bitmaps(size, &gate)?;
+            self.tracking.note_next_len(size);
             if let Err(e) = self.image.resize(size) {
+                self.set_known_size();
                 self.resize_bitmaps(old, &gate)?;
                 return Err(e);
             }
         } else if size < old {
-            self.image.resize(size)?;
+            self.tracking.note_next_len(size);
+            self.image.resize(size).inspect_err(|_| self.set_known_size())?;
             if let Err(e) = self.resize_bitmaps(size, &gate) {
                 // Longer bitmaps than the disk are harmless, and the next open cuts them.
                 log::warn!("disk '{}': {e}", self.name);

@@ -8,7 +8,7 @@ use super::snapshot::{FailedSnapshot, Snapshot};
 use super::store::StoreSpace;
 use super::transaction::{self, Part};
 use super::view::View;
-use super::{DiskSpec, Options};
+use super::{BlockDevicePolicy, DiskSpec, Options};
 use crate::bitmap::PreparedAction;
 use crate::error::{Error, Result, errno};
 use crate::image::{self, Image, OpenOptions};
@@ -140,7 +140,10 @@ impl Fleece {
         }
     }
 
+    /// Not while a snapshot is taken, which looks itself: who is found between the freeze and its record would count in
+    /// the wrong interval.
     fn check_foreign(&self) {
+        let Some(_control) = self.control.try_lock() else { return };
         for disk in self.disks() {
             if let Err(e) = disk.check_foreign() {
                 log::warn!("disk '{}': {e}", disk.name());
@@ -171,26 +174,37 @@ impl Fleece {
             l2_cache_bytes: spec.l2_cache_bytes,
             force_share: spec.force_share,
             keeps_bitmaps: true,
+            no_mark: spec.no_mark.unwrap_or(self.options.no_mark),
         };
         let image = while_busy(|| image::open(&spec.file, &options))?;
         self.check_image_once(&*image)?;
         let place =
             if image.read_only() { Place::in_memory() } else { Place::of_image(&name, &*image, &self.options)? };
-        self.attach(&name, image, place)
+        self.attach_believing(&name, image, place, spec.block_devices.unwrap_or(self.options.block_devices))
     }
 
     /// Serves an open image with its state in `place`.
     pub fn attach(&self, name: &str, image: Arc<dyn Image>, place: Place) -> Result<Arc<Disk>> {
+        self.attach_believing(name, image, place, self.options.block_devices)
+    }
+
+    fn attach_believing(
+        &self,
+        name: &str,
+        image: Arc<dyn Image>,
+        place: Place,
+        block_devices: BlockDevicePolicy,
+    ) -> Result<Arc<Disk>> {
         let _control = self.control.lock();
         self.check_new_disk(name)?;
-        let disk = Arc::new(super::recover::open(name, image, place, self.parts())?);
+        let disk = Arc::new(super::recover::open(name, image, place, self.parts(block_devices))?);
         self.disks.write().insert(name.to_owned(), disk.clone());
         self.show_views(&disk);
         log::info!("disk '{name}' ({}) is served: {}", disk.image_path().display(), disk.origin);
         Ok(disk)
     }
 
-    fn parts(&self) -> super::recover::Shared<'_> {
+    fn parts(&self, block_devices: BlockDevicePolicy) -> super::recover::Shared<'_> {
         super::recover::Shared {
             options: &self.options,
             env: &self.env,
@@ -198,6 +212,7 @@ impl Fleece {
             counters: &self.counters,
             events: &self.events,
             recovered: &self.recovered,
+            block_devices,
             known: self.disks(),
         }
     }

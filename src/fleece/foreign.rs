@@ -1,20 +1,86 @@
 //! Foreign writers: who writes an image behind our back.
 //!
-//! The clock word says when the image was last written through us: it is stored before and after each write. An image
-//! whose ctime is later than that, by more than the slack, was written by somebody else. Asked at open after a kill, at
-//! every snapshot, at a clean close, and every few seconds in between. Then changes are not known, and the frozen views
-//! can't be believed. Not seen: a write within the slack after one of ours, one that comes with a clock set back, and
-//! any to a block device, which has no such time.
+//! `doc/foreign.md` says deed by deed what is found and what is not.
+//!
+//! * **While it is served, and after a kill**: the clock word says when the image was last written through us. It is
+//!   stored before and after each write. An image whose ctime is later than that, by more than the slack, was written by
+//!   somebody else; so was one of another length than we made or were about to make. After a kill it must also be the very
+//!   file: device and inode stand beside the clock. Asked at open, at every snapshot, before and after it, at a clean
+//!   close, and every few seconds in between.
+//! * **After a clean stop**: the stamp is compared as a whole. A ctime can't be set, so whoever wrote in between shows.
+//! * **A block device** has no such times. What lies on one is not believed after any stop, unless told otherwise.
+//! * **A note** on the image ([`super::lost`]) is believed before anything else.
+//!
+//! Not seen: a write within the slack after one of ours, one that comes with a clock set back, and any to a block device
+//! while it is served (it is claimed, so that nobody mounts it).
 
+use super::BlockDevicePolicy;
 use super::disk::Disk;
 use super::recover::SIDECAR;
+use super::tracking::{CLOCK, CLOCK_DEV, CLOCK_INO, CLOCK_LEN, CLOCK_LEN_NEXT, recording_checkpoint};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
-use crate::storage::Stamp;
 use crate::storage::os::identity;
+use crate::storage::{Shm, Stamp, Words};
+use crate::sync::atomic::Ordering;
+use uuid::Uuid;
 
 /// Clocks of files are coarse, and a write may wait in the kernel between our clock and the file's.
 const SLACK_NS: i64 = 1_000_000_000;
+
+/// Why nothing is believed of an image after a stop, whatever its times say.
+pub(super) fn unbelieved(image: &dyn Image, devices: BlockDevicePolicy) -> Result<Option<String>> {
+    if let Some(reason) = super::lost::noted(image)? {
+        return Ok(Some(reason));
+    }
+    let distrusted = image.on_block_device() && devices == BlockDevicePolicy::Distrust;
+    Ok(distrusted.then(|| {
+        "it is on a block device, where nothing shows whether another program wrote since fleecefs stopped".to_owned()
+    }))
+}
+
+/// Why an image is not as a clean stop left it. Device numbers change over reboots, and a device node has no times (but
+/// what an image on it is based on may have some).
+pub(super) fn signs_since_close(left: &Stamp, now: &Stamp, block_device: bool) -> Option<String> {
+    let why = if !block_device && left.ino != now.ino {
+        "the image is another file than at the last clean stop: it was replaced, or its state was copied"
+    } else if left.size != now.size || left.mtime_ns != now.mtime_ns {
+        "the image was changed by another program since the last clean stop"
+    } else if !block_device && left.ctime_ns != now.ctime_ns {
+        "the image's change time is another than at the last clean stop: it was renamed or its mode was changed, or \
+         another program wrote to it and put its time back"
+    } else {
+        return None;
+    };
+    Some(why.to_owned())
+}
+
+/// Why an image is not as a killed session left it, whose clock words these are. Words of an older program may be fewer.
+pub(super) fn signs_since_kill(image: &dyn Image, stamp: &Stamp, clock: &Words) -> Option<String> {
+    if !is_the_file(image, stamp, clock) {
+        return Some("the state belongs to another image file".to_owned());
+    }
+    let word = |index: usize| clock.get(index).map(|word| word.load(Ordering::SeqCst));
+    let lens = [word(CLOCK_LEN), word(CLOCK_LEN_NEXT)];
+    let newest = word(0).unwrap_or(0) as i64;
+    // A resize that was under way may have been made or not.
+    let known = lens.iter().flatten().find(|len| **len == stamp.size).or(lens[0].as_ref());
+    signs(image, stamp, newest, known.copied()).map(|reason| format!("{reason} after fleecefs was killed"))
+}
+
+/// Whether clock words are those of a session that served this file. Device numbers hold as long as a boot, but for those
+/// of file systems that were unmounted in between.
+fn is_the_file(image: &dyn Image, stamp: &Stamp, clock: &Words) -> bool {
+    let is = |index: usize, value: u64| clock.get(index).is_none_or(|word| word.load(Ordering::SeqCst) == value);
+    image.is_block_device() || (is(CLOCK_INO, stamp.ino) && is(CLOCK_DEV, stamp.dev))
+}
+
+/// Whether words that a state names are those of its image: where the state was copied, they are of another one, which
+/// may be served now, and must stay.
+pub(super) fn are_of(words: &dyn Shm, image: &dyn Image) -> Result<bool> {
+    let Some(clock) = words.open(CLOCK)? else { return Ok(true) };
+    Ok(is_the_file(image, &image.stamp()?, &clock))
+}
 
 /// Why an image with this stamp was written by somebody else, judged by the time of our newest write and the size that
 /// we know.
@@ -41,7 +107,9 @@ impl Disk {
     /// their names.
     pub(super) fn check_foreign(&self) -> Result<()> {
         self.check_names()?;
+        self.save_loss();
         if self.foreign_signs()?.is_none() {
+            self.note_look();
             return Ok(());
         }
         // A write of ours that is under way may be ahead of the clock word: none is once the gate is held.
@@ -50,11 +118,22 @@ impl Disk {
         if let Some(layer) = self.chain.load().newest() {
             self.break_views(layer, &reason);
         }
-        self.lose_tracking(&reason);
+        // Who wrote before the newest checkpoint was made, unseen, changed something in the interval before it.
+        let since_checkpoint = *self.looked.lock() == self.recording_uuid();
+        self.lose(&reason, !since_checkpoint);
         // What came so far is noted: the next sign is of another write.
         self.tracking.note_write();
         self.set_known_size();
         self.begin_in_image()
+    }
+
+    /// Nobody else has written so far.
+    pub(super) fn note_look(&self) {
+        *self.looked.lock() = self.recording_uuid();
+    }
+
+    fn recording_uuid(&self) -> Option<Uuid> {
+        recording_checkpoint(&self.tracking.directory()).map(|entry| entry.uuid)
     }
 
     fn foreign_signs(&self) -> Result<Option<String>> {
@@ -66,6 +145,14 @@ impl Disk {
         }
         let image = &**self.image();
         Ok(signs(image, &image.stamp()?, self.tracking.last_write_ns(), Some(self.known_size())))
+    }
+
+    /// What tells foreign writers of this disk: `stamp` (times of its files), `mark` (in the image). Nothing does of one
+    /// that is read-only, nor need it.
+    pub(super) fn guards(&self) -> Vec<&'static str> {
+        let stamped = !self.read_only() && !self.image().on_block_device();
+        let marked = self.marked.load(Ordering::SeqCst);
+        [(stamped, "stamp"), (marked, "mark")].into_iter().filter(|(has, _)| *has).map(|(_, guard)| guard).collect()
     }
 
     /// The image or the state were removed or replaced: what is written goes to files that nobody finds.

@@ -70,10 +70,24 @@ pub struct DiskInfo {
     pub read_only: bool,
     /// The state directory.
     pub state: PathBuf,
-    /// How far tracking could be believed at mount: `exact`, or `everything: REASON`.
+    /// How far maps since the newest checkpoint can be believed now: `exact`, with how that was found at mount or which
+    /// checkpoint it goes back to, or `everything: REASON`.
     pub tracking: String,
+    /// Why they say everything, and since when, where they do.
+    pub tracking_lost: Option<TrackingLoss>,
+    /// What tells whether another program wrote to the image: `stamp`, the times of its files; `mark`, in the image.
+    pub guards: Vec<&'static str>,
     /// Bytes in the stores of this disk.
     pub store_bytes: u64,
+}
+
+/// Changes of a disk are not known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TrackingLoss {
+    /// Why.
+    pub reason: String,
+    /// Since when at the latest, RFC 3339, UTC.
+    pub since: String,
 }
 
 /// A snapshot.
@@ -189,7 +203,9 @@ impl Fleece {
             size: disk.size(),
             read_only: disk.read_only(),
             state: disk.state.path(""),
-            tracking: disk.origin.clone(),
+            tracking: disk.tracking_text(),
+            tracking_lost: disk.tracking_loss_info(),
+            guards: disk.guards(),
             store_bytes: disk.chain.load().layers.iter().map(|layer| layer.store.bytes()).sum(),
         };
         self.disks().into_iter().map(info).collect()
@@ -288,6 +304,7 @@ impl Fleece {
             }
         }
         for disk in self.disks() {
+            problems.extend(disk.tracking_problems());
             if let Some(what) = &*disk.misplaced.lock() {
                 problems.push(format!("disk '{}': {what}", disk.name()));
             }

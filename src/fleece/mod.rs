@@ -10,7 +10,8 @@
 //! * **I5** one instant: `snapshot`
 //! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
 //!
-//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `recover`, `transaction`, `checkpoints`.
+//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `recover`, `transaction`, `checkpoints`; who
+//! else writes: `foreign`; what is no longer known: `lost`.
 
 mod chain;
 mod checkpoints;
@@ -24,6 +25,7 @@ mod foreign;
 mod info;
 mod keep;
 mod layer;
+mod lost;
 mod map;
 mod persistent;
 mod place;
@@ -40,7 +42,7 @@ pub use counters::Counter;
 pub use disk::Disk;
 pub use events::Event;
 pub use fleece::Fleece;
-pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo};
+pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo, TrackingLoss};
 pub use map::ViewMap;
 pub use place::{Environment, Place, state_dir};
 pub use snapshot::{Snapshot, SnapshotRequest};
@@ -62,6 +64,26 @@ pub enum StoreErrorPolicy {
     FailWrite,
 }
 
+/// What is believed after a stop of a disk on a block device, where a foreign writer leaves no trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockDevicePolicy {
+    /// Nothing: everything counts as changed since the newest checkpoint.
+    #[default]
+    Distrust,
+    /// That nobody else wrote: a clean stop, and a kill in the same boot, are exact.
+    Trust,
+}
+
+/// What happens when a change cannot be recorded so that a power loss does not undo that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrackingErrorPolicy {
+    /// The guest goes on; tracking is lost, and the image bears a note that it is.
+    #[default]
+    Continue,
+    /// The guest's write fails; tracking stays right.
+    FailWrite,
+}
+
 /// The options of a mount.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -79,6 +101,12 @@ pub struct Options {
     pub store_dir: Option<PathBuf>,
     /// Whether views survive a clean stop.
     pub keep_snapshots: bool,
+    /// What happens when a change cannot be recorded.
+    pub on_tracking_error: TrackingErrorPolicy,
+    /// What is believed of disks on block devices, unless the disk's own option says otherwise.
+    pub block_devices: BlockDevicePolicy,
+    /// Whether qcow2 images are left without our mark, unless the disk's own option says otherwise.
+    pub no_mark: bool,
     /// Most checkpoints a disk; the oldest that nobody needs are merged away.
     pub keep_checkpoints: usize,
     /// How the host's page cache is used for images.
@@ -95,6 +123,9 @@ impl Default for Options {
             state_dir: None,
             store_dir: None,
             keep_snapshots: false,
+            on_tracking_error: TrackingErrorPolicy::default(),
+            block_devices: BlockDevicePolicy::default(),
+            no_mark: false,
             keep_checkpoints: 1000,
             cache: Cache::default(),
         }
@@ -118,6 +149,10 @@ pub struct DiskSpec {
     pub force_share: bool,
     /// Most memory for the mapping tables of each qcow2 image; None: the default.
     pub l2_cache_bytes: Option<u64>,
+    /// What is believed where it is on a block device; None: as the mount says.
+    pub block_devices: Option<BlockDevicePolicy>,
+    /// Whether a qcow2 image is left without our mark; None: as the mount says.
+    pub no_mark: Option<bool>,
 }
 
 impl DiskSpec {

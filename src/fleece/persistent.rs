@@ -39,8 +39,11 @@ use crate::bitmap::{
 };
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::image::persistent::{BITS_MAX_BYTES, Change, Mark, NewBitmap, PersistentBitmaps, StoredBitmap, Trust};
+use crate::image::persistent::{
+    BITS_MAX_BYTES, Change, LOST_MARK, Mark, NewBitmap, PersistentBitmaps, StoredBitmap, Trust,
+};
 use crate::storage::Shm;
+use crate::sync::atomic::Ordering;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -57,7 +60,7 @@ pub(super) enum Proof {
     SinceKill,
     /// Others changed what lies below the image.
     Rebased,
-    /// Others wrote to its files, and not as to an image.
+    /// Others wrote to its files, and not as to an image, or may have without a trace.
     Touched,
     /// The image is not what we left.
     Unknown,
@@ -80,6 +83,11 @@ impl Proof {
         if self == Proof::Ours { Proof::Touched } else { self }
     }
 
+    /// Nothing that the image says of writers is believed.
+    pub(super) fn distrusted(self) -> Proof {
+        if self.is_ours() { Proof::Touched } else { self }
+    }
+
     /// Whether it is our image at all.
     fn is_ours(self) -> bool {
         !matches!(self, Proof::NoMark | Proof::Unknown)
@@ -90,6 +98,9 @@ impl Proof {
 pub(super) fn prove(image: &dyn Image, superblock: &Superblock, directory: &Directory) -> Result<Proof> {
     let Some(mark) = image.persistent().map(PersistentBitmaps::mark).transpose()? else { return Ok(Proof::NoMark) };
     let Some(uuid) = mark.uuid else { return Ok(Proof::NoMark) };
+    if uuid == LOST_MARK {
+        return Ok(Proof::Touched);
+    }
     let of_session = matches!(superblock.state, State::Open { nonce, .. } if nonce == uuid);
     let of_close = directory.in_image.mark == Some(uuid);
     let known = &directory.in_image;
@@ -304,6 +315,7 @@ impl Disk {
         self.tracking.note_write();
         image.begin(nonce)?;
         self.tracking.note_write();
+        self.marked.store(image.mark()?.uuid.is_some_and(|uuid| uuid != LOST_MARK), Ordering::SeqCst);
         self.tracking.sidecar.commit(|directory| {
             directory.in_image.mark = None;
             Ok(())
@@ -315,7 +327,8 @@ impl Disk {
         let Some(image) = self.image().persistent() else { return Ok(None) };
         let mark = image.mark()?;
         let State::Open { nonce, .. } = self.tracking.sidecar.superblock().state else { return Ok(None) };
-        Ok(mark.uuid.map(|uuid| mark.intact && uuid == nonce))
+        // That of a note is none of others.
+        Ok(mark.uuid.filter(|uuid| *uuid != LOST_MARK).map(|uuid| mark.intact && uuid == nonce))
     }
 
     /// Stores the bitmaps, whose recording has ended, and the mark that the directory has already. A checkpoint's that

@@ -9,6 +9,7 @@
 //! A disk that is served read-only keeps all of it in memory: nothing on the host is written for it.
 
 use super::Options;
+use crate::bitmap::Directory;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::storage::Dir;
@@ -130,6 +131,18 @@ pub fn state_dir(name: &str, image: &Path, options: &Options) -> PathBuf {
     let mut beside = resolved(image).into_os_string();
     beside.push(".fleece");
     PathBuf::from(beside)
+}
+
+/// Where the stores of recorded layers are, if those are to be kept and are elsewhere than in `stores`. A state that was
+/// moved or copied names a place that may be another image's by now.
+pub(super) fn stores_in_use(kept: bool, directory: &Directory, stores: &dyn Dir) -> Result<Option<Arc<dyn Dir>>> {
+    let Some(first) = directory.layers.first().filter(|_| kept) else { return Ok(None) };
+    let layer = format!("layers/{}", first.uuid);
+    if first.store == stores.path("") || stores.exists(&layer)? {
+        return Ok(None);
+    }
+    let dir = OsDir::open(&first.store).inspect_err(|e| log::warn!("stores of snapshots are not found: {e}")).ok();
+    Ok(dir.filter(|dir| dir.exists(&layer).unwrap_or(false)).map(|dir| Arc::new(dir) as Arc<dyn Dir>))
 }
 
 /// `/var/lib/fleecefs/ID`. States of devices that were at the same path and are gone for good are removed.

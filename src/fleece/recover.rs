@@ -7,11 +7,12 @@
 //! | no `dirty.log` | nothing is known; tracking starts |
 //! | CLEAN, and the image bears the stamp | everything is exact; kept views are whole |
 //! | OPEN, words with our nonce of this boot are there, the image was not written after the clock word (+ 1 s) | exact: the daemon was killed; views are whole |
+//! | a note on the image, or a block device that is not trusted, see `foreign` | nothing, as in the last row |
 //! | a mark in the image, see `persistent` | exact where it proves that nobody else wrote, or where the image's own bitmap has what others wrote |
 //! | anything else | changes since the newest checkpoint are not known: its bitmap says everything; views are dropped |
 //!
 //! The order of an open: a new nonce; new words, filled completely; the superblock {OPEN, nonce}, durable; the
-//! directory with the outcome; only then the old words go and writes are accepted. A crash at any point recovers from
+//! directory with the outcome; only then the old words go, a note on the image is taken away, and writes are accepted. A crash at any point recovers from
 //! the same facts: until the superblock stands, from the old words; from then on from the new ones, which hold the
 //! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory. Between the
 //! directory and the first write the image's own bitmaps are taken over.
@@ -21,28 +22,29 @@
 //! words go. Where a step before the superblock fails the words stay, and the next open finds what a kill would have
 //! left.
 
-use super::Options;
 use super::chain::Chain;
 use super::counters::Counters;
 use super::disk::{Disk, DiskParts};
 use super::events::{Event, Events};
+use super::foreign::{signs_since_close, signs_since_kill};
 use super::keep;
 use super::layer::{Layer, PARTS, word_name};
 use super::persistent::{Bitmaps, Proof, prove};
-use super::place::{Environment, Place};
+use super::place::{self, Environment, Place};
 use super::store::{StoreIo, StoreSpace};
 use super::tracking::{
-    CLOCK, CLOCK_INO, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry,
+    CLOCK, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry, start_clock,
 };
 use super::transaction;
+use super::{BlockDevicePolicy, Options};
 use crate::bitmap::{
     BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, LayerEntry, PreparedAction, Sidecar, State, Superblock,
 };
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
-use crate::storage::clock::{now_coarse_ns, now_ns};
+use crate::storage::clock::now_ns;
 use crate::storage::shm::ShmRoot;
-use crate::storage::{Dir, OsDir, Shm, Stamp};
+use crate::storage::{Dir, Shm};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -58,6 +60,8 @@ pub(super) struct Shared<'a> {
     pub counters: &'a Arc<Counters>,
     pub events: &'a Arc<Events>,
     pub recovered: &'a Mutex<Vec<String>>,
+    /// What is believed of this disk where it is on a block device.
+    pub block_devices: BlockDevicePolicy,
     /// Disks that are served already: one of them may coordinate a prepared change.
     pub known: Vec<Arc<Disk>>,
 }
@@ -75,9 +79,10 @@ enum Found {
 /// Opens the state of one disk, recovers what can be believed, and makes the disk.
 pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: Shared<'_>) -> Result<Disk> {
     let root = place.shm.clone().unwrap_or_else(|| shared.env.shm.clone());
-    let (sidecar, found, proof) = open_sidecar(name, &*image, &*place.state, &*root)?;
+    let (sidecar, found, proof) = open_sidecar(name, &*image, &*place.state, &*root, shared.block_devices)?;
     let bitmaps = Bitmaps::new(&*image, proof)?;
-    if let Some(dir) = stores_in_use(&sidecar.directory(), &*place.stores) {
+    let kept = matches!(found, Found::Clean | Found::Killed(_));
+    if let Some(dir) = place::stores_in_use(kept, &sidecar.directory(), &*place.stores)? {
         log::warn!("disk '{name}': stores stay in {} while it has snapshots there", dir.path("").display());
         place.stores = dir;
     }
@@ -93,12 +98,12 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
         shared: &shared,
         bitmaps: &bitmaps,
     };
-    let state = opened.recover(&found).inspect_err(|_| {
+    let mut state = opened.recover(&found).inspect_err(|_| {
         let _ = shm.remove_all();
     })?;
+    super::lost::note_found(&mut state.directory);
     let clock = shm.create(CLOCK, CLOCK_WORDS)?;
-    clock[0].store(now_coarse_ns() as u64, Ordering::SeqCst);
-    clock[CLOCK_INO].store(image.stamp()?.ino, Ordering::SeqCst);
+    start_clock(&clock, &image.stamp()?);
     if proof == Proof::Ours {
         sidecar.commit(|directory| {
             bitmaps.keep_mark(&mut directory.in_image);
@@ -123,6 +128,7 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     }
     if let Some(old) = old_nonce.filter(|old| *old != nonce)
         && let Some(old) = root.find(&old.to_string())?
+        && super::foreign::are_of(&*old, &*image)?
     {
         old.remove_all()?;
     }
@@ -149,18 +155,11 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
         lock: place.lock,
     };
     let disk = Disk::new(parts, shared.options);
+    disk.losses.some.store(disk.tracking_loss().is_some(), Ordering::SeqCst);
+    disk.note_look();
+    disk.take_note_away();
     disk.begin_in_image()?;
     Ok(disk)
-}
-
-/// Where the stores of recorded layers are, if elsewhere than in `stores`.
-fn stores_in_use(directory: &Directory, stores: &dyn Dir) -> Option<Arc<dyn Dir>> {
-    let recorded = &directory.layers.first()?.store;
-    if *recorded == stores.path("") {
-        return None;
-    }
-    let dir = OsDir::open(recorded).inspect_err(|e| log::warn!("stores of snapshots are not found: {e}")).ok()?;
-    Some(Arc::new(dir))
 }
 
 fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {
@@ -204,7 +203,12 @@ fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Sha
     };
     if let Some(event) = event {
         shared.events.emit(&event);
-        shared.recovered.lock().push(event.to_string());
+        let lost = matches!(event, Event::TrackingLost { .. });
+        shared.counters.tracking_lost.add(u64::from(lost));
+        // Of a loss status tells as long as it lasts, which is to the next checkpoint.
+        if !lost || recording_checkpoint(&state.directory).is_none() {
+            shared.recovered.lock().push(event.to_string());
+        }
     }
     if !state.dropped_views.is_empty() {
         let text = format!("disk '{name}': snapshots {} could not be kept", state.dropped_views.join(", "));
@@ -215,7 +219,13 @@ fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Sha
 }
 
 /// Opens or makes the sidecar and looks at what the last user left.
-fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRoot) -> Result<(Sidecar, Found, Proof)> {
+fn open_sidecar(
+    name: &str,
+    image: &dyn Image,
+    state: &dyn Dir,
+    root: &dyn ShmRoot,
+    devices: BlockDevicePolicy,
+) -> Result<(Sidecar, Found, Proof)> {
     let new = || -> Result<Sidecar> {
         let file = state.create(SIDECAR)?;
         let sidecar = Sidecar::create(file, Directory::new(Uuid::new_v4(), image.size()))?;
@@ -228,7 +238,7 @@ fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRo
     match Sidecar::open(state.open(SIDECAR)?) {
         Ok(sidecar) => {
             let proof = prove(image, &sidecar.superblock(), &sidecar.directory())?;
-            let (found, proof) = classify(&sidecar, image, root, proof)?;
+            let (found, proof) = classify(&sidecar, image, root, proof, devices)?;
             Ok((sidecar, found, proof))
         }
         // Damaged: what it knew is lost, which must not keep a guest from starting. Newer versions and I/O errors do.
@@ -243,7 +253,16 @@ fn open_sidecar(name: &str, image: &dyn Image, state: &dyn Dir, root: &dyn ShmRo
 }
 
 /// What was found, and what is left of the proof by then: a mark says nothing of who writes past the format.
-fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot, proof: Proof) -> Result<(Found, Proof)> {
+fn classify(
+    sidecar: &Sidecar,
+    image: &dyn Image,
+    root: &dyn ShmRoot,
+    proof: Proof,
+    devices: BlockDevicePolicy,
+) -> Result<(Found, Proof)> {
+    if let Some(reason) = super::foreign::unbelieved(image, devices)? {
+        return Ok((Found::Lost(reason), proof.distrusted()));
+    }
     let lost = |reason: &str| Ok((Found::Lost(reason.to_owned()), proof));
     let touched = |reason: String| Ok((Found::Lost(reason), proof.touched()));
     if let Some(reason) = proof.reason() {
@@ -251,8 +270,10 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot, proof: Pro
     }
     let stamp = image.found_stamp()?;
     match sidecar.superblock().state {
-        State::Clean { stamp: left } if same(&left, &stamp, image.is_block_device()) => Ok((Found::Clean, proof)),
-        State::Clean { .. } => touched("the image was changed by another program since the last clean stop".to_owned()),
+        State::Clean { stamp: left } => match signs_since_close(&left, &stamp, image.is_block_device()) {
+            Some(reason) => touched(reason),
+            None => Ok((Found::Clean, proof)),
+        },
         State::Open { nonce, boot_id } => {
             if boot_id != root.boot_id() {
                 return lost("the host stopped without a clean stop of fleecefs");
@@ -263,27 +284,12 @@ fn classify(sidecar: &Sidecar, image: &dyn Image, root: &dyn ShmRoot, proof: Pro
             let Some(clock) = words.open(CLOCK)? else {
                 return lost("fleecefs was killed while it was opening the disk");
             };
-            if !image.is_block_device()
-                && clock.get(CLOCK_INO).map(|word| word.load(Ordering::SeqCst)) != Some(stamp.ino)
-            {
-                return touched("the state belongs to another image file".to_owned());
+            match signs_since_kill(image, &stamp, &clock) {
+                Some(reason) => touched(reason),
+                None => Ok((Found::Killed(words), proof)),
             }
-            let newest = clock.first().map_or(0, |word| word.load(Ordering::SeqCst)) as i64;
-            if let Some(reason) = super::foreign::signs(image, &stamp, newest, None) {
-                return touched(format!("{reason} after fleecefs was killed"));
-            }
-            Ok((Found::Killed(words), proof))
         }
     }
-}
-
-/// Whether an image bears a stamp. Device numbers change over reboots, and a device node has no
-/// times (but what an image on it is based on may have some).
-fn same(left: &Stamp, now: &Stamp, block_device: bool) -> bool {
-    if block_device {
-        return (left.size, left.mtime_ns) == (now.size, now.mtime_ns);
-    }
-    (left.ino, left.size, left.mtime_ns, left.ctime_ns) == (now.ino, now.size, now.mtime_ns, now.ctime_ns)
 }
 
 struct Opening<'a> {

@@ -200,6 +200,12 @@ impl Fleece {
         }
         let taking = self.once_gone(errno::ENOSPC, || Taking::prepare_all(&disks, request, uuid, time_ns))?;
         self.take(request, uuid, time_ns, taking).inspect(|snapshot| {
+            // Who wrote since the look before the freeze is in the view, but not in the interval that ends with it.
+            for disk in &disks {
+                if let Err(e) = disk.check_foreign() {
+                    log::warn!("disk '{}': {e}", disk.name());
+                }
+            }
             log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
             self.counters.snapshots_taken.add(1);
             self.retain_checkpoints();
@@ -418,12 +424,16 @@ impl Taking {
             SnapshotEntry { uuid, name: request.name.clone(), time_ns, checkpoint: uuid, reference, full_reason };
         let layer_entry =
             LayerEntry { uuid: layer_uuid, seq, size, chunk, store: disk.store_io.path(), snapshot: Some(snapshot) };
+        let everything = disk.flush_failure();
+        if everything.is_some() {
+            recording.bitmap.mark_all();
+        }
         let checkpoint = CheckpointEntry {
             uuid,
             name: request.name.clone(),
             time_ns,
             completed: false,
-            bitmap: recording_entry(&recording),
+            bitmap: BitmapEntry { everything, ..recording_entry(&recording) },
             state: CheckpointState::Recording,
         };
         let recorded = recording_checkpoint(&directory).map(|entry| entry.bitmap.clone());

@@ -7,23 +7,32 @@
 //!   and dropped from memory. Changes from A to B are the union of the sealed bitmaps from A up to B.
 //!
 //! Words outside this process' heap (exact after kill -9), in the namespace of the superblock's nonce:
-//! `fine.BITMAP` the bits of a recording bitmap; `clock` two words, the time in nanoseconds of the newest image write
-//! and the image's inode number.
+//! `fine.BITMAP` the bits of a recording bitmap; `clock` the time in nanoseconds of the newest image write, the image's
+//! inode and device numbers, and the length that we made it, and are about to make it (see `foreign`).
 
 use crate::bitmap::{BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directory, DirtyBitmap, Sidecar};
 use crate::error::{Error, Result, errno};
 use crate::storage::clock::now_coarse_ns;
-use crate::storage::{Shm, Words};
+use crate::storage::{Shm, Stamp, Words};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Published, full_fence};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Name of the words that hold the time of the newest image write and the image's inode number.
+/// Name of the words that hold the time of the newest image write and what the image was then.
 pub(super) const CLOCK: &str = "clock";
-/// Count of those words, and which of them is the inode number.
-pub(super) const CLOCK_WORDS: usize = 2;
+/// Count of those words, and which of them are inode and device number, and the lengths.
+pub(super) const CLOCK_WORDS: usize = 5;
 pub(super) const CLOCK_INO: usize = 1;
+pub(super) const CLOCK_DEV: usize = 2;
+pub(super) const CLOCK_LEN: usize = 3;
+pub(super) const CLOCK_LEN_NEXT: usize = 4;
+
+/// Fills new clock words for an image of this stamp, which is written from now on.
+pub(super) fn start_clock(clock: &Words, stamp: &Stamp) {
+    let values = [now_coarse_ns() as u64, stamp.ino, stamp.dev, stamp.size, stamp.size];
+    clock.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::SeqCst));
+}
 
 /// Name of the words of a recording bitmap.
 pub(super) fn fine_name(bitmap: Uuid) -> String {
@@ -77,6 +86,17 @@ impl Tracking {
         if self.clock[0].load(Ordering::Relaxed) != now {
             self.clock[0].store(now, Ordering::Relaxed);
         }
+    }
+
+    /// Notes the length that the image is about to get. A kill finds it with this one, or the one before.
+    pub(super) fn note_next_len(&self, len: u64) {
+        self.clock[CLOCK_LEN_NEXT].store(len, Ordering::SeqCst);
+    }
+
+    /// Notes the length that the image has.
+    pub(super) fn note_len(&self, len: u64) {
+        self.clock[CLOCK_LEN].store(len, Ordering::SeqCst);
+        self.clock[CLOCK_LEN_NEXT].store(len, Ordering::SeqCst);
     }
 
     /// When the image was last written through us, in nanoseconds since the epoch.

@@ -17,6 +17,9 @@ pub mod probed;
 pub mod qcow2;
 pub mod raw;
 
+/// The extended attribute that holds the note of an image, see [`Image::set_note`].
+pub const NOTE: &str = "user.fleecefs.lost";
+
 /// Formats by the names that QEMU gives them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -65,6 +68,8 @@ pub struct OpenOptions {
     /// Whether the caller keeps the persistent bitmaps, see [`persistent`]. Else an open for writing makes them
     /// inconsistent, since they would miss what is written.
     pub keeps_bitmaps: bool,
+    /// Leave no mark of ours in the image, see [`persistent::Mark`], and take away one that is there.
+    pub no_mark: bool,
 }
 
 /// Memory that L2 tables may be given: some of them for every thread, to all of a disk of half a pebibyte.
@@ -201,4 +206,18 @@ pub trait Image: Send + Sync + Debug {
     }
     /// Whether the medium is a block device: foreign writers leave no time stamp there.
     fn is_block_device(&self) -> bool;
+    /// Whether any of the files that the disk consists of is a block device.
+    fn on_block_device(&self) -> bool {
+        self.is_block_device()
+    }
+    /// The note that the image bears, see [`Image::set_note`].
+    fn note(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
+    /// Notes on the image itself that changes of the disk were not recorded, and why; or takes the note away. Durable
+    /// when it returns. It is for when what is kept beside the image can't be written. EOPNOTSUPP where there is no place for
+    /// it.
+    fn set_note(&self, _why: Option<&str>) -> Result<()> {
+        Err(Error::new(errno::EOPNOTSUPP, "note on the image", "it has no place for it").at_path(self.path()))
+    }
 }

@@ -48,6 +48,12 @@ pub struct Mark {
     pub backing: Option<String>,
 }
 
+/// The mark of an image that bears a note: changes of its disk were not recorded, see [`Image::set_note`]. It is never
+/// intact.
+///
+/// [`Image::set_note`]: super::Image::set_note
+pub const LOST_MARK: Uuid = Uuid::from_bytes(*b"fleecefs is lost");
+
 /// A bitmap to be stored.
 #[derive(Debug, Clone, Copy)]
 pub struct NewBitmap<'a> {
@@ -91,7 +97,8 @@ pub trait PersistentBitmaps: Send + Sync + Debug {
     fn load(&self, name: &str) -> Result<Vec<u64>>;
     /// The mark as it is in the file now.
     fn mark(&self) -> Result<Mark>;
-    /// Makes durable that the bits of all good bitmaps no longer count, and the mark where the image has room for one.
+    /// Makes durable that the bits of all good bitmaps no longer count, and the mark where the image has room for one and
+    /// is to have one. While the image bears a note, its mark stays [`LOST_MARK`].
     fn begin(&self, mark: Uuid) -> Result<()>;
     /// Makes the changes, all or none, then the mark; all of it durable. No disk write may follow but after another
     /// [`PersistentBitmaps::begin`].

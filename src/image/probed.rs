@@ -172,6 +172,14 @@ impl Image for ProbedRaw {
     fn is_block_device(&self) -> bool {
         self.image.is_block_device()
     }
+
+    fn note(&self) -> Result<Option<String>> {
+        self.image.note()
+    }
+
+    fn set_note(&self, why: Option<&str>) -> Result<()> {
+        self.image.set_note(why)
+    }
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]

@@ -13,7 +13,7 @@
 //! The last block of a file may be shorter than a block. Every write to it is an RMW that ends where the file ends, so
 //! the file keeps its length.
 
-use super::{Cache, Format, Image};
+use super::{Cache, Format, Image, NOTE};
 use crate::error::{Error, Result, errno};
 use crate::storage::buffer::with_scratch;
 use crate::storage::lock::{Access, ImageLock};
@@ -29,6 +29,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// What one claim covers, and the most that is transferred at once below it.
 const CLAIM_BYTES: u64 = 1 << 20;
 const CLAIM_COUNT: u64 = 64;
+/// What a note is cut to.
+const NOTE_MAX_CHARS: usize = 200;
 
 /// A raw image.
 #[derive(Debug)]
@@ -56,8 +58,13 @@ impl RawImage {
     /// The same with a lock that suits `access`.
     pub fn open_for(path: &Path, access: Access, cache: Cache) -> Result<RawImage> {
         let read_only = access != Access::Write;
-        let options =
-            OpenOptions { write: !read_only, direct: cache == Cache::None, noatime: true, ..Default::default() };
+        let options = OpenOptions {
+            write: !read_only,
+            direct: cache == Cache::None,
+            noatime: true,
+            claim: !read_only,
+            ..Default::default()
+        };
         let file = OsFile::open(path, &options).map_err(|e| match e.errno() {
             errno::EROFS | errno::EACCES | errno::EPERM if !read_only => e.hint("open it read-only (-r)"),
             _ => e,
@@ -279,6 +286,18 @@ impl Image for RawImage {
 
     fn is_block_device(&self) -> bool {
         self.is_block_device
+    }
+
+    fn note(&self) -> Result<Option<String>> {
+        let note = self.storage.attribute(NOTE)?;
+        Ok(note.map(|why| String::from_utf8_lossy(&why).into_owned()))
+    }
+
+    fn set_note(&self, why: Option<&str>) -> Result<()> {
+        self.check_change("note on the image", 0, 0)?;
+        // File systems have room for some hundreds of bytes at least.
+        let cut = |why: &str| why.chars().take(NOTE_MAX_CHARS).collect::<String>();
+        self.storage.set_attribute(NOTE, why.map(cut).as_ref().map(String::as_bytes))
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Call {
     Status,
     /// What changes a directory, or syncs it.
     Directory,
+    /// `set_attribute`.
+    Attribute,
 }
 
 /// Which calls fail, and how; shared by any number of files. A call that fails changes nothing.
@@ -191,6 +193,15 @@ impl Storage for Faulty {
 
     fn stamp(&self) -> Result<Stamp> {
         self.inner.stamp()
+    }
+
+    fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.inner.attribute(name)
+    }
+
+    fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        self.pass(Call::Attribute, 0, 0)?;
+        self.inner.set_attribute(name, value)
     }
 
     fn alignment(&self) -> u64 {

@@ -29,6 +29,7 @@ struct Content {
     pages: BTreeMap<u64, Page>,
     len: u64,
     changed_ns: i64,
+    attributes: BTreeMap<String, Vec<u8>>,
 }
 
 impl Content {
@@ -73,7 +74,12 @@ impl MemFile {
         MemFile {
             path: PathBuf::from(name),
             ino: NEXT_INO.fetch_add(1, Ordering::Relaxed),
-            content: Arc::new(RwLock::new(Content { pages: BTreeMap::new(), len, changed_ns: clock::now_coarse_ns() })),
+            content: Arc::new(RwLock::new(Content {
+                pages: BTreeMap::new(),
+                len,
+                changed_ns: clock::now_coarse_ns(),
+                attributes: BTreeMap::new(),
+            })),
         }
     }
 
@@ -196,6 +202,20 @@ impl Storage for MemFile {
             mtime_ns: content.changed_ns,
             ctime_ns: content.changed_ns,
         })
+    }
+
+    fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        Ok(self.content.read().attributes.get(name).cloned())
+    }
+
+    fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        let mut content = self.content.write();
+        match value {
+            Some(value) => content.attributes.insert(name.to_owned(), value.to_vec()),
+            None => content.attributes.remove(name),
+        };
+        content.touch();
+        Ok(())
     }
 
     fn path(&self) -> &Path {

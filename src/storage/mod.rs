@@ -9,6 +9,7 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 
+mod attribute;
 pub mod bounded;
 pub mod buffer;
 pub mod clock;
@@ -114,6 +115,15 @@ pub trait Storage: Send + Sync + Debug {
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus>;
     /// What to compare to find a foreign writer.
     fn stamp(&self) -> Result<Stamp>;
+    /// The value of an extended attribute; None where the file has none of that name, or its medium has none at all.
+    fn attribute(&self, _name: &str) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+    /// Sets an extended attribute, or removes it; durable when it returns. EOPNOTSUPP where the medium has none.
+    fn set_attribute(&self, name: &str, _value: Option<&[u8]>) -> Result<()> {
+        let what = format!("set attribute {name}");
+        Err(Error::new(errno::EOPNOTSUPP, what, "the medium has no attributes").at_path(self.path()))
+    }
     /// The smallest unit in bytes that the medium transfers, where callers must keep to it (O_DIRECT), else 1.
     ///
     /// Where it is more than 1, the offset, the length and the buffer's address of every transfer are multiples of it;

@@ -9,7 +9,7 @@
 //! end of the file.
 
 use super::buffer::{PAGE_BYTES, with_scratch};
-use super::{BlockStatus, Space, Stamp, Storage, clock, end_of};
+use super::{BlockStatus, Space, Stamp, Storage, attribute, clock, end_of};
 use crate::error::{Error, Result, errno};
 use crate::units::{round_down, round_up};
 use std::ffi::CString;
@@ -41,6 +41,9 @@ pub struct OpenOptions {
     pub create_new: bool,
     /// Leave its access time alone, where that is allowed.
     pub noatime: bool,
+    /// Claim it, where it is a block device (O_EXCL): EBUSY while it is mounted or somebody else has claimed it, and
+    /// nobody else can as long as it is open.
+    pub claim: bool,
 }
 
 /// An open regular file or block device.
@@ -71,7 +74,10 @@ impl OsFile {
             Err(e) if e.kind() == io::ErrorKind::NotFound && (options.create || options.create_new) => (),
             Err(e) => return Err(Error::io("open", e).at_path(path)),
         }
-        let file = open_fd(path, options)?;
+        let file = open_fd(path, options).map_err(|e| match e.errno() {
+            errno::EBUSY if options.claim => e.hint("it is mounted, or another program has claimed it: see lsblk"),
+            _ => e,
+        })?;
         let meta = file.metadata().map_err(|e| Error::io("look at", e).at_path(path))?;
         check_kind(&meta, path)?;
         let is_block_device = meta.file_type().is_block_device();
@@ -393,6 +399,17 @@ impl Storage for OsFile {
         })
     }
 
+    fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        attribute::get(self.file.as_fd(), name).map_err(|e| self.error(&format!("look at attribute {name} of"), e))
+    }
+
+    fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        let failed = |e| self.error(&format!("set attribute {name} of"), e);
+        attribute::set(self.file.as_fd(), name, value).map_err(failed)?;
+        // All of the inode: fdatasync need not keep attributes.
+        self.file.sync_all().map_err(failed)
+    }
+
     fn alignment(&self) -> u64 {
         self.alignment
     }
@@ -421,6 +438,8 @@ fn check_kind(meta: &std::fs::Metadata, path: &Path) -> Result<()> {
 
 fn open_fd(path: &Path, options: &OpenOptions) -> Result<File> {
     let direct = if options.direct { libc::O_DIRECT } else { 0 };
+    let claim = options.claim && std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device());
+    let claim = if claim { libc::O_EXCL } else { 0 };
     let open = |flags: i32| {
         std::fs::OpenOptions::new()
             .read(true)
@@ -428,7 +447,7 @@ fn open_fd(path: &Path, options: &OpenOptions) -> Result<File> {
             .create(options.create)
             .create_new(options.create_new)
             .mode(0o600)
-            .custom_flags(flags | direct | libc::O_NOCTTY)
+            .custom_flags(flags | direct | claim | libc::O_NOCTTY)
             .open(path)
     };
     let mut opened = open(if options.noatime { libc::O_NOATIME } else { 0 });
@@ -492,7 +511,7 @@ mod tests {
     use std::process::Command;
 
     const READ_WRITE: OpenOptions =
-        OpenOptions { write: true, direct: false, create: false, create_new: false, noatime: false };
+        OpenOptions { write: true, direct: false, create: false, create_new: false, noatime: false, claim: false };
     const CREATE: OpenOptions = OpenOptions { create: true, ..READ_WRITE };
     const DIRECT: OpenOptions = OpenOptions { direct: true, ..READ_WRITE };
 

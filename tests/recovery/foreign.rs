@@ -161,9 +161,9 @@ impl Real {
     /// What a map since s1 calls dirty, now.
     fn dirty(&self) -> (String, usize) {
         let fleece = self.mount();
+        let tracking = fleece.disk_infos()[0].tracking.clone();
         freeze(&fleece, "probe");
         let dirty = dirty_granules(&extents_since(&view_of(&fleece, "probe", "a"), "s1")).len();
-        let tracking = fleece.disk_infos()[0].tracking.clone();
         fleece.cancel_snapshot("probe").unwrap();
         fleece.close().unwrap();
         (tracking, dirty)

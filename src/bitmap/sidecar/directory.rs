@@ -30,6 +30,9 @@ pub struct Directory {
     /// What the image itself keeps for us, where its format can.
     #[serde(default)]
     pub in_image: InImage,
+    /// When changes were last found not to be known.
+    #[serde(default)]
+    pub lost: Option<Loss>,
     /// In no particular order; one a name.
     pub consumers: Vec<ConsumerEntry>,
     /// Oldest first.
@@ -124,6 +127,15 @@ pub struct InImage {
     pub backing: Option<String>,
     /// Names under which bitmaps of checkpoints may be in the image.
     pub checkpoints: Vec<String>,
+}
+
+/// Changes stopped being known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loss {
+    /// Why.
+    pub reason: String,
+    /// When, nanoseconds since the epoch.
+    pub time_ns: i64,
 }
 
 /// A named reader of changes.
@@ -224,6 +236,7 @@ impl Directory {
             checkpoints: Vec::new(),
             bitmaps: Vec::new(),
             in_image: InImage::default(),
+            lost: None,
             consumers: Vec::new(),
             layers: Vec::new(),
             prepared: None,

@@ -31,7 +31,7 @@ mod tests;
 
 pub use areas::Area;
 pub use directory::{
-    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Prepared,
+    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Loss, Prepared,
     PreparedAction, SnapshotEntry, UserBitmap, UserBitmapState,
 };
 pub use superblock::{State, Superblock, region_size_for};

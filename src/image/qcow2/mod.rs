@@ -44,7 +44,7 @@ use crate::storage::{BlockStatus, SharedStorage, Stamp, Storage};
 use crate::units::MAX_DISK_BYTES;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub mod alloc;
 pub mod bitmaps;
@@ -114,6 +114,10 @@ pub struct Qcow2Image {
     writer: Option<Writer>,
     /// Whether who opened it for writing keeps its persistent bitmaps.
     keeps_bitmaps: bool,
+    /// Whether it is to bear our mark.
+    marks: bool,
+    /// Its mark says that it bears a note.
+    lost: AtomicBool,
     /// The stamp before anything was changed.
     found: Stamp,
 }
@@ -196,6 +200,7 @@ impl Qcow2Image {
         let found = found.with_others(size, below.as_slice(), &[]);
         let (size, data) = (AtomicU64::new(size), data.map(Arc::new));
         let keeps_bitmaps = options.keeps_bitmaps && header.version >= 3;
+        let (marks, lost) = (!options.no_mark, AtomicBool::new(persistent::is_lost(&header)));
         Ok(Qcow2Image {
             header,
             size,
@@ -208,6 +213,8 @@ impl Qcow2Image {
             backing,
             writer,
             keeps_bitmaps,
+            marks,
+            lost,
             found,
         })
     }
@@ -392,5 +399,19 @@ impl Image for Qcow2Image {
 
     fn is_block_device(&self) -> bool {
         self.file.image.is_block_device()
+    }
+
+    fn on_block_device(&self) -> bool {
+        self.is_block_device()
+            || self.data.as_ref().is_some_and(|data| data.image.is_block_device())
+            || self.backing.as_ref().is_some_and(|backing| backing.on_block_device())
+    }
+
+    fn note(&self) -> Result<Option<String>> {
+        self.found_note()
+    }
+
+    fn set_note(&self, why: Option<&str>) -> Result<()> {
+        self.change_note(why)
     }
 }

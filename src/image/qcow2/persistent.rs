@@ -14,8 +14,10 @@ use super::tables::HostOffset;
 use super::write::Writer;
 use super::{header_write, read_header};
 use crate::error::{Error, Result, errno};
-use crate::image::persistent::{Change, Mark, PersistentBitmaps, StoredBitmap, Trust};
+use crate::image::Image;
+use crate::image::persistent::{Change, LOST_MARK, Mark, PersistentBitmaps, StoredBitmap, Trust};
 use crate::storage::{Stamp, Storage};
+use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 impl Qcow2Image {
@@ -47,17 +49,59 @@ impl Qcow2Image {
     }
 }
 
-/// Puts the mark into the header. An image that has no room for it goes without; from one with internal snapshots it is
-/// taken. Who makes one later clears the bit first.
-fn set_mark(storage: &dyn Storage, mark: Uuid) -> Result<()> {
+impl Qcow2Image {
+    /// The mark that the image is to bear: the caller's, unless it bears a note, or is to have none.
+    fn mark_to_set(&self, mark: Uuid) -> Option<Uuid> {
+        if self.lost.load(Ordering::SeqCst) { Some(LOST_MARK) } else { self.marks.then_some(mark) }
+    }
+
+    pub(super) fn found_note(&self) -> Result<Option<String>> {
+        let _session = self.writer.as_ref().map(|writer| writer.session.lock());
+        if is_lost(&read_header(&*self.file)?) {
+            return Ok(Some("the image's mark says so".to_owned()));
+        }
+        self.file.image.note()
+    }
+
+    /// The note is the mark where the image has one, which whoever writes to it keeps, else an attribute of its file.
+    pub(super) fn change_note(&self, why: Option<&str>) -> Result<()> {
+        let _session = self.writer("note on the image", 0, 0)?.session.lock();
+        let header = read_header(&*self.file)?;
+        let Some(why) = why else {
+            if is_lost(&header) {
+                set_mark(&*self.file, None)?;
+            }
+            self.lost.store(false, Ordering::SeqCst);
+            return if self.file.image.note()?.is_some() { self.file.image.set_note(None) } else { Ok(()) };
+        };
+        if header.extensions.find(MARK).is_some() && set_mark(&*self.file, Some(LOST_MARK)).is_ok() {
+            self.lost.store(true, Ordering::SeqCst);
+            return Ok(());
+        }
+        self.file.image.set_note(Some(why))
+    }
+}
+
+/// Whether the mark in a header says that changes were not recorded.
+pub(super) fn is_lost(header: &Header) -> bool {
+    header.extensions.find(MARK) == Some(LOST_MARK.as_bytes())
+}
+
+/// Puts the mark into the header, or takes it away. An image that has no room for it goes without; from one with
+/// internal snapshots it is taken. Who makes one later clears the bit first.
+fn set_mark(storage: &dyn Storage, mark: Option<Uuid>) -> Result<()> {
     let set = |header: &mut Header| {
-        if header.nb_snapshots > 0 {
+        let Some(mark) = mark.filter(|_| header.nb_snapshots == 0) else {
             header.extensions.remove(MARK);
             header.autoclear_features &= !autoclear::FLEECEFS;
             return;
-        }
+        };
         header.extensions.set(MARK, mark.as_bytes().to_vec());
-        header.autoclear_features |= autoclear::FLEECEFS;
+        if mark == LOST_MARK {
+            header.autoclear_features &= !autoclear::FLEECEFS;
+        } else {
+            header.autoclear_features |= autoclear::FLEECEFS;
+        }
     };
     match header_write::check(storage, set) {
         Err(e) if e.errno() == errno::ENOSPC => {
@@ -115,7 +159,7 @@ impl PersistentBitmaps for Qcow2Image {
     fn begin(&self, mark: Uuid) -> Result<()> {
         let _session = self.bitmap_writer()?.session.lock();
         mark_in_use(&*self.file)?;
-        set_mark(&*self.file, mark)
+        set_mark(&*self.file, self.mark_to_set(mark))
     }
 
     fn finish(&self, changes: &[Change<'_>], mark: Uuid) -> Result<()> {
@@ -125,6 +169,6 @@ impl PersistentBitmaps for Qcow2Image {
             let new = session.change_bitmaps(changes)?;
             self.move_directory(&old, &new)?;
         }
-        set_mark(&*self.file, mark)
+        set_mark(&*self.file, self.mark_to_set(mark))
     }
 }

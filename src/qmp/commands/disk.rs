@@ -2,7 +2,7 @@
 
 use super::Command;
 use crate::error::{Error, errno};
-use crate::fleece::DiskSpec;
+use crate::fleece::{BlockDevicePolicy, DiskSpec};
 use crate::image::Format;
 use crate::qmp::args::Arguments;
 use crate::qmp::{CommandError, CommandResult, Host};
@@ -24,18 +24,38 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let snapshot = arguments.optional_string("snapshot")?;
     let force_share = arguments.optional_bool("force-share")?.unwrap_or(false);
     let l2_cache_bytes = arguments.optional_uint("l2-cache-size")?;
+    let block_devices = arguments.optional_string("block-devices")?.map(block_devices_by_name).transpose()?;
+    let no_mark = arguments.optional_bool("no-mark")?;
     arguments.finish()?;
     if !file.is_absolute() {
         let e = Error::new(errno::EINVAL, format!("image '{}'", file.display()), "not an absolute path");
         return Err(e.into());
     }
-    let disk = host.add_disk(&DiskSpec { name, file, format, read_only, snapshot, force_share, l2_cache_bytes })?;
+    let disk = host.add_disk(&DiskSpec {
+        name,
+        file,
+        format,
+        read_only,
+        snapshot,
+        force_share,
+        l2_cache_bytes,
+        block_devices,
+        no_mark,
+    })?;
     Ok(json!({ "name": disk.name(), "uuid": disk.uuid(), "size": disk.size() }))
 }
 
 fn format_by_name(name: String) -> Result<Format, CommandError> {
     let text = format!("Parameter 'format' does not accept value '{name}'");
     serde_json::from_value(Value::String(name)).map_err(|_| CommandError::generic(text))
+}
+
+fn block_devices_by_name(name: String) -> Result<BlockDevicePolicy, CommandError> {
+    match name.as_str() {
+        "distrust" => Ok(BlockDevicePolicy::Distrust),
+        "trust" => Ok(BlockDevicePolicy::Trust),
+        _ => Err(CommandError::generic(format!("Parameter 'block-devices' does not accept value '{name}'"))),
+    }
 }
 
 fn remove(host: &dyn Host, mut arguments: Arguments) -> CommandResult {

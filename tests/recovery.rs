@@ -13,8 +13,12 @@ mod blank;
 mod damage;
 #[path = "recovery/foreign.rs"]
 mod foreign;
+#[path = "recovery/foreign_matrix.rs"]
+mod foreign_matrix;
 #[path = "recovery/kill.rs"]
 mod kill;
+#[path = "recovery/lost.rs"]
+mod lost;
 #[path = "recovery/medium.rs"]
 mod medium;
 #[path = "recovery/power.rs"]

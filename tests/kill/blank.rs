@@ -17,7 +17,12 @@ pub const OFF: u64 = 0b1011;
 
 /// Opens an image as the core does.
 pub fn open(file: SharedStorage) -> Result<Arc<Qcow2Image>> {
-    let options = OpenOptions { keeps_bitmaps: true, l2_cache_bytes: Some(65536), ..OpenOptions::default() };
+    open_as(file, false)
+}
+
+/// The same; with `no_mark` it is left without our mark.
+pub fn open_as(file: SharedStorage, no_mark: bool) -> Result<Arc<Qcow2Image>> {
+    let options = OpenOptions { keeps_bitmaps: true, l2_cache_bytes: Some(65536), no_mark, ..OpenOptions::default() };
     Qcow2Image::over(Parts { file, data: None, backing: None }, &options).map(Arc::new)
 }
 

@@ -15,6 +15,10 @@ mod crash;
 mod faults;
 #[path = "blackbox/foreign.rs"]
 mod foreign;
+#[path = "blackbox/foreign_deeds.rs"]
+mod foreign_deeds;
+#[path = "blackbox/foreign_devices.rs"]
+mod foreign_devices;
 #[path = "blackbox/formats.rs"]
 mod formats;
 #[path = "blackbox/fsx.rs"]

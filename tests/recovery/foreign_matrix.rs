@@ -8,6 +8,7 @@ use fleecefs::fleece::{BlockDevicePolicy, Environment, Fleece, Options, Place};
 use fleecefs::image::qcow2::{Parts, Qcow2Image};
 use fleecefs::image::raw::RawImage;
 use fleecefs::image::{Format, Image, OpenOptions};
+use fleecefs::storage::faulty::Call;
 use fleecefs::storage::os::{OpenOptions as FileOptions, OsFile};
 use fleecefs::storage::shm::HeapShmRoot;
 use fleecefs::storage::{BlockStatus, OsDir, SharedStorage, Stamp, Storage};
@@ -388,36 +389,30 @@ fn nothing_done_is_exact() {
 /// A resize that a kill cut off is ours, made or not; any other length is not.
 #[test]
 fn a_resize_in_flight_is_no_foreign_one() {
-    for (from, to) in [(SIZE, SIZE + GRANULE), (SIZE, SIZE - GRANULE)] {
-        for made in [false, true] {
-            let rig = Rig::new(Kind::Raw);
-            let fleece = rig.mount("here");
+    for to in [DISK_BYTES + GRANULE, DISK_BYTES - GRANULE] {
+        for (len, ours) in [(DISK_BYTES, true), (to, true), (to + 512, false)] {
+            let host = Host::one();
+            let fleece = host.mount();
             freeze(&fleece, "s1");
             fleece.complete_snapshot("s1", None).unwrap();
             fleece.reap();
-            fleece.resize_disk("a", to).unwrap();
-            if !made {
-                // As a kill before the file was made longer or shorter.
-                rig.in_flight(from, to);
-            }
-            drop(fleece);
-            let fleece = rig.mount("here");
-            assert_eq!(fleece.disk_infos()[0].tracking, "exact after a kill", "from {from} to {to}, made {made}");
+            let files = &host.files["a"];
+            let before = files.image_faults.calls(Call::SetLen);
+            files.image_faults.stall(Call::SetLen);
+            std::thread::scope(|scope| {
+                scope.spawn(|| fleece.resize_disk("a", to));
+                wait_for("the resize", || files.image_faults.calls(Call::SetLen) > before);
+                files.image.set_len(len).unwrap();
+                // As after a kill: the words are there, and nobody uses them any more.
+                let image = RawImage::over(files.image.shared(), false).unwrap();
+                let dir = Arc::new(files.state.clone());
+                let place = Place { state: dir.clone(), stores: dir, shm: None, lock: None };
+                let next = host.empty_mount();
+                next.attach("a", Arc::new(image), place).unwrap();
+                let tracking = next.disk_infos()[0].tracking.clone();
+                assert_eq!(tracking == "exact after a kill", ours, "to {to}, found {len}: {tracking}");
+                files.image_faults.release(Call::SetLen);
+            });
         }
-    }
-}
-
-impl Rig {
-    /// Makes the words and the file say that a resize is under way.
-    fn in_flight(&self, from: u64, to: u64) {
-        use fleecefs::storage::shm::ShmRoot;
-        use std::sync::atomic::Ordering::SeqCst;
-        let log = file(&self.home("here/a.img.fleece/dirty.log"));
-        let sidecar = fleecefs::bitmap::Sidecar::open(Arc::new(log)).unwrap();
-        let fleecefs::bitmap::State::Open { nonce, .. } = sidecar.superblock().state else { panic!("not open") };
-        let clock = self.shm.find(&nonce.to_string()).unwrap().unwrap().open("clock").unwrap().unwrap();
-        clock[3].store(from, SeqCst);
-        clock[4].store(to, SeqCst);
-        fs::File::options().write(true).open(self.image("here")).unwrap().set_len(from).unwrap();
     }
 }

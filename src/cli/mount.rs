@@ -313,6 +313,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_believed_is_an_option_of_the_mount_and_of_each_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, mnt) = (dir.path().join("vda.raw"), dir.path().join("mnt"));
+        std::fs::write(&image, "x").unwrap();
+        std::fs::create_dir(&mnt).unwrap();
+        let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+        let options = plan(&[image, mnt]).unwrap().options;
+        assert_eq!(options.block_devices, BlockDevicePolicy::Distrust);
+        assert_eq!((options.on_tracking_error, options.no_mark), (TrackingErrorPolicy::Continue, false));
+        let disk = format!("file={image},no-mark=off,block-devices=distrust");
+        let words =
+            ["--block-devices", "trust", "--on-tracking-error", "fail-write", "--no-mark", "--disk", &disk, mnt];
+        let p = plan(&words).unwrap();
+        assert_eq!(p.options.block_devices, BlockDevicePolicy::Trust);
+        assert_eq!((p.options.on_tracking_error, p.options.no_mark), (TrackingErrorPolicy::FailWrite, true));
+        assert_eq!((p.disks[0].block_devices, p.disks[0].no_mark), (Some(BlockDevicePolicy::Distrust), Some(false)));
+    }
+
+    #[test]
     fn wrong_places_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (image, mnt) = (dir.path().join("vda.raw"), dir.path().join("mnt"));

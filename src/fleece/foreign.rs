@@ -29,14 +29,14 @@ use uuid::Uuid;
 const SLACK_NS: i64 = 1_000_000_000;
 
 /// Why nothing is believed of an image after a stop, whatever its times say.
-pub(super) fn unbelieved(image: &dyn Image, devices: BlockDevicePolicy) -> Result<Option<String>> {
-    if let Some(reason) = super::lost::noted(image)? {
-        return Ok(Some(reason));
+pub(super) fn unbelieved(image: &dyn Image, devices: BlockDevicePolicy) -> Option<String> {
+    if let Some(reason) = super::lost::noted(image) {
+        return Some(reason);
     }
     let distrusted = image.on_block_device() && devices == BlockDevicePolicy::Distrust;
-    Ok(distrusted.then(|| {
+    distrusted.then(|| {
         "it is on a block device, where nothing shows whether another program wrote since fleecefs stopped".to_owned()
-    }))
+    })
 }
 
 /// Why an image is not as a clean stop left it. Device numbers change over reboots, and a device node has no times (but

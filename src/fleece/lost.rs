@@ -62,9 +62,12 @@ impl Losses {
     }
 }
 
-/// Why nothing is believed of what an image with a note is found with.
-pub(super) fn noted(image: &dyn Image) -> Result<Option<String>> {
-    Ok(image.note()?.map(|why| format!("tracking was lost while the disk was served: {why}")))
+/// Why nothing is believed of what an image with a note is found with, or of one whose note cannot be read.
+pub(super) fn noted(image: &dyn Image) -> Option<String> {
+    match image.note() {
+        Ok(note) => note.map(|why| format!("tracking was lost while the disk was served: {why}")),
+        Err(e) => Some(format!("whether tracking was lost cannot be read from the image: {e}")),
+    }
 }
 
 /// Notes when the loss that a recovery found came to light.
@@ -104,7 +107,11 @@ impl Disk {
         for recording in self.tracking.recording().iter() {
             recording.bitmap.mark_all();
         }
-        let was_lost = self.tracking_loss().is_some();
+        let told = self.losses.some.load(Ordering::SeqCst);
+        let was_lost = match recording_uuid(&self.tracking.directory()) {
+            Some(_) => self.tracking_loss().is_some(),
+            None => told,
+        };
         let loss = Loss { reason: reason.to_owned(), time_ns: now_ns() };
         let saved = self.tracking.sidecar.commit(|directory| {
             set_everything(directory, &loss, before);
@@ -149,6 +156,9 @@ impl Disk {
             let what = format!("write to disk '{}' refused, it cannot be recorded", self.name());
             return Err(Error::new(errno::EIO, what, e.to_string())
                 .hint("make room for the state directory, or mount with --on-tracking-error continue"));
+        }
+        if *self.losses.noted.lock() && self.tracking_loss().is_some() {
+            return Ok(());
         }
         let reason = format!("changes could not be recorded: {e}");
         self.note_on_image(&reason);

@@ -399,7 +399,7 @@ fn a_resize_in_flight_is_no_foreign_one() {
             let files = &host.files["a"];
             let before = files.image_faults.calls(Call::SetLen);
             files.image_faults.stall(Call::SetLen);
-            std::thread::scope(|scope| {
+            let tracking = std::thread::scope(|scope| {
                 scope.spawn(|| fleece.resize_disk("a", to));
                 wait_for("the resize", || files.image_faults.calls(Call::SetLen) > before);
                 files.image.set_len(len).unwrap();
@@ -410,9 +410,10 @@ fn a_resize_in_flight_is_no_foreign_one() {
                 let next = host.empty_mount();
                 next.attach("a", Arc::new(image), place).unwrap();
                 let tracking = next.disk_infos()[0].tracking.clone();
-                assert_eq!(tracking == "exact after a kill", ours, "to {to}, found {len}: {tracking}");
                 files.image_faults.release(Call::SetLen);
+                tracking
             });
+            assert_eq!(tracking == "exact after a kill", ours, "to {to}, found {len}: {tracking}");
         }
     }
 }

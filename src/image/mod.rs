@@ -175,8 +175,8 @@ pub trait Image: Send + Sync + Debug {
     fn resize(&self, size: u64) -> Result<()>;
     /// Whether a run at `offset` is known to read as zeros, for at most `len` bytes.
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus>;
-    /// Ends the use of the image: everything is durable, and no repair is needed at the next open. Without it a use ends
-    /// as by a kill.
+    /// Ends the use of the image: everything is durable, the times of its files too, and no repair is needed at the next
+    /// open. Without it a use ends as by a kill.
     fn close(&self) -> Result<()> {
         self.flush()
     }

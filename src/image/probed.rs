@@ -136,6 +136,10 @@ impl Image for ProbedRaw {
         self.image.flush()
     }
 
+    fn close(&self) -> Result<()> {
+        self.image.close()
+    }
+
     /// What is cut off reads as zeros, and zeros can end a magic.
     fn resize(&self, size: u64) -> Result<()> {
         self.change(size, |sector| sector.fill(0), || self.image.resize(size))

@@ -250,6 +250,10 @@ impl Image for RawImage {
         self.storage.sync()
     }
 
+    fn close(&self) -> Result<()> {
+        self.storage.sync_all()
+    }
+
     fn resize(&self, size: u64) -> Result<()> {
         self.check_change("resize", 0, 0)?;
         check_size(size, self.storage.path())?;

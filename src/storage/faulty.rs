@@ -167,6 +167,11 @@ impl Storage for Faulty {
         self.inner.sync()
     }
 
+    fn sync_all(&self) -> Result<()> {
+        self.pass(Call::Sync, 0, 0)?;
+        self.inner.sync_all()
+    }
+
     fn len(&self) -> Result<u64> {
         self.inner.len()
     }

@@ -93,6 +93,10 @@ pub trait Storage: Send + Sync + Debug {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
     /// Makes everything written before this call durable (fdatasync).
     fn sync(&self) -> Result<()>;
+    /// The same with the file's times, which [`Storage::sync`] may leave to later (fsync).
+    fn sync_all(&self) -> Result<()> {
+        self.sync()
+    }
     /// Makes the length durable, where nobody has written to the file's last byte since `set_len` made it longer; other
     /// changes perhaps not, so that it need not wait for them.
     fn sync_len(&self) -> Result<()> {

@@ -299,6 +299,15 @@ impl Storage for OsFile {
         }
     }
 
+    fn sync_all(&self) -> Result<()> {
+        loop {
+            match self.file.sync_all() {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => (),
+                done => return done.map_err(|e| self.error("sync", e)),
+            }
+        }
+    }
+
     /// Writes the last byte with O_DSYNC: durable is then what it takes to read it, and so the length.
     fn sync_len(&self) -> Result<()> {
         let end = self.len()?;
@@ -407,7 +416,7 @@ impl Storage for OsFile {
         let failed = |e| self.error(&format!("set attribute {name} of"), e);
         attribute::set(self.file.as_fd(), name, value).map_err(failed)?;
         // All of the inode: fdatasync need not keep attributes.
-        self.file.sync_all().map_err(failed)
+        self.sync_all()
     }
 
     fn alignment(&self) -> u64 {

@@ -352,7 +352,10 @@ impl Image for Qcow2Image {
     fn close(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
         self.flush()?;
-        writer.session.lock().close()
+        writer.session.lock().close()?;
+        // The stamp has their times, and a power loss must not take those back.
+        self.data.iter().try_for_each(|data| data.image.close())?;
+        self.file.image.close()
     }
 
     /// Zero where the mapping says so, where nothing is below, and where the host's file has a hole.

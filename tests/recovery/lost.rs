@@ -3,16 +3,19 @@
 
 use crate::blank;
 use crate::rig::*;
-use fleecefs::error::{Error, errno};
+use fleecefs::error::{Error, Result, errno};
 use fleecefs::fleece::{Environment, Event, Fleece, Options, Place, TrackingErrorPolicy};
 use fleecefs::image::persistent::LOST_MARK;
 use fleecefs::image::qcow2::read_header;
+use fleecefs::image::raw::RawImage;
 use fleecefs::image::{Image, NOTE};
+use fleecefs::storage::crash::CrashDisk;
 use fleecefs::storage::faulty::{Call, FaultPlan, Faulty};
 use fleecefs::storage::shm::HeapShmRoot;
-use fleecefs::storage::{Dir, MemDir, MemFile, Storage};
-use std::sync::Arc;
+use fleecefs::storage::{BlockStatus, Dir, MemDir, MemFile, SharedStorage, Stamp, Storage};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const PAST_SLACK: Duration = Duration::from_millis(1200);
@@ -219,6 +222,93 @@ fn a_foreign_write_while_a_snapshot_is_prepared_counts_before_it() {
     freeze(&fleece, "v");
     let lost: Vec<bool> = fleece.checkpoints().iter().map(|info| info.disks[0].everything.is_some()).collect();
     assert_eq!(lost, [false, true, true, true, false], "of s1, s2, t, u and v");
+}
+
+/// A file that may lose what is not synced, with attributes that are durable when they are set.
+#[derive(Debug)]
+struct Noted {
+    file: SharedStorage,
+    note: Arc<Mutex<Option<Vec<u8>>>>,
+}
+
+impl Storage for Noted {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.file.write_at(buf, offset)
+    }
+    fn sync(&self) -> Result<()> {
+        self.file.sync()
+    }
+    fn len(&self) -> Result<u64> {
+        self.file.len()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.file.set_len(len)
+    }
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.file.punch_hole(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.file.write_zeroes(offset, len)
+    }
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.file.block_status(offset, len)
+    }
+    fn stamp(&self) -> Result<Stamp> {
+        self.file.stamp()
+    }
+    fn attribute(&self, _name: &str) -> Result<Option<Vec<u8>>> {
+        Ok(self.note.lock().unwrap().clone())
+    }
+    fn set_attribute(&self, _name: &str, value: Option<&[u8]>) -> Result<()> {
+        *self.note.lock().unwrap() = value.map(<[u8]>::to_vec);
+        Ok(())
+    }
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+/// Whatever a power loss leaves of what was not synced, the note is there, and is believed before anything else.
+#[test]
+fn a_power_loss_does_not_forget_the_note() {
+    for seed in 0..20 {
+        let disk = CrashDisk::new();
+        let file = disk.open("a.img").unwrap();
+        file.set_len(DISK_BYTES).unwrap();
+        file.sync().unwrap();
+        let (shm, note) = (HeapShmRoot::new(), Arc::new(Mutex::new(None)));
+        let mount = |disk: &CrashDisk| {
+            let env = Environment { shm: Arc::new(shm.clone()), background: false };
+            let fleece = Fleece::with_environment(Options::default(), env);
+            let file = Noted { file: disk.open("a.img").unwrap().shared(), note: note.clone() };
+            let image = RawImage::over(Arc::new(file), false).unwrap();
+            let dir: Arc<dyn Dir> = Arc::new(disk.dir("a.fleece"));
+            let place = Place { state: dir.clone(), stores: dir, shm: None, lock: None };
+            fleece.attach("a", Arc::new(image), place).unwrap();
+            fleece
+        };
+        let fleece = mount(&disk);
+        freeze(&fleece, "s1");
+        fleece.complete_snapshot("s1", None).unwrap();
+        let live = fleece.disk("a").unwrap();
+        live.write(&[7; 100], GRANULE).unwrap();
+        live.tracking_failed(&failure()).unwrap();
+        // The directory has forgotten: an interval that was lost is over.
+        freeze(&fleece, "s2");
+        fleece.complete_snapshot("s2", None).unwrap();
+        live.write(&[8; 100], 3 * GRANULE).unwrap();
+        let left = disk.survivors(seed);
+        shm.lose_power("boot-2");
+        let fleece = mount(&left);
+        assert!(tracking(&fleece).contains("tracking was lost while the disk was served"), "{}", tracking(&fleece));
+        assert!(note.lock().unwrap().is_none());
+        freeze(&fleece, "probe");
+        let view = view_of(&fleece, "probe", "a");
+        assert_eq!(dirty_granules(&extents_since(&view, "s2")).len(), 7);
+    }
 }
 
 struct Qcow2 {

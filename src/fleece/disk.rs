@@ -17,6 +17,7 @@
 use super::chain::Chain;
 use super::counters::Counters;
 use super::events::{Event, Events};
+use super::hold::Holds;
 use super::layer::Layer;
 use super::lost::Losses;
 use super::store::StoreIo;
@@ -57,6 +58,7 @@ pub struct Disk {
     /// Set while the gate is held exclusively: what was saved must not change any more.
     pub(super) closed: AtomicBool,
     pub(super) tracking: Tracking,
+    pub(super) holds: Holds,
     pub(super) state: Arc<dyn Dir>,
     pub(super) store_io: Arc<StoreIo>,
     pub(super) policy: StoreErrorPolicy,
@@ -113,6 +115,7 @@ impl Disk {
             reaping: Mutex::new(()),
             closed: AtomicBool::new(false),
             tracking: parts.tracking,
+            holds: Holds::default(),
             state: parts.state,
             store_io: parts.store_io,
             policy: options.on_store_error,
@@ -443,6 +446,7 @@ impl Disk {
             let why = "the new size of a qcow2 image must be a multiple of 512";
             return Err(Error::new(errno::EINVAL, format!("size {size} of disk '{}'", self.name), why));
         }
+        self.holds.check_none(&self.name)?;
         self.reap();
         self.keep_disabled()?;
         let gate = self.gate.write();
@@ -488,7 +492,8 @@ impl Disk {
             let uuid = Uuid::new_v4();
             let bits = size.div_ceil(recording.bitmap.granularity());
             let words = self.tracking.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
-            let bitmap = Arc::new(recording.bitmap.resized(size, Bits::new(words, bits), true)?);
+            let dirty = self.grows_dirty(recording);
+            let bitmap = Arc::new(recording.bitmap.resized(size, Bits::new(words, bits), dirty)?);
             new.push(Recording { uuid, bitmap });
         }
         let mut superblock = self.tracking.sidecar.superblock();
@@ -496,6 +501,7 @@ impl Disk {
         self.tracking.sidecar.set_superblock(superblock)?;
         self.tracking.sidecar.commit(|directory| {
             directory.size = size;
+            super::users::cut_disabled(directory, size);
             for (old, new) in old.iter().zip(&new) {
                 super::persistent::follow(directory, old.uuid, new);
                 for entry in directory.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap) {

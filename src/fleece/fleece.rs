@@ -3,8 +3,9 @@
 use super::counters::{Counter, Counters};
 use super::disk::Disk;
 use super::events::{Event, Events};
+use super::instant::FailedChange;
 use super::place::{Environment, Place, while_busy};
-use super::snapshot::{FailedSnapshot, Snapshot};
+use super::snapshot::Snapshot;
 use super::store::StoreSpace;
 use super::transaction::{self, Part};
 use super::view::View;
@@ -37,8 +38,8 @@ pub struct Fleece {
     space: Arc<StoreSpace>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: Arc<Events>,
-    /// Snapshots that failed and could not be taken back yet.
-    pub(super) unsettled: Mutex<Vec<FailedSnapshot>>,
+    /// Changes that failed and could not be taken back yet.
+    pub(super) unsettled: Mutex<Vec<FailedChange>>,
     /// What the recovery at mount found, for `problems`.
     pub(super) recovered: Mutex<Vec<String>>,
     pub(super) reaper: Reaper,
@@ -277,6 +278,7 @@ impl Fleece {
             )
             .hint("complete or cancel the snapshot first"));
         }
+        disk.holds.check_none(name)?;
         if disk.is_open() || self.lingering.read().iter().any(|snapshot| !snapshot.is_gone() && held(snapshot)) {
             return Err(Error::new(errno::EBUSY, format!("disk '{name}'"), "its files are open")
                 .hint("stop the guest and the readers first"));
@@ -361,12 +363,14 @@ impl Fleece {
     pub(super) fn settle(&self) -> Result<()> {
         let mut unsettled = self.unsettled.lock();
         while let Some(failed) = unsettled.first() {
-            failed.undo().map_err(|e| e.context("an earlier snapshot cannot be taken back"))?;
+            failed.undo().map_err(|e| e.context("an earlier change cannot be taken back"))?;
             unsettled.remove(0);
             self.reaper.wake();
         }
         let disks = self.disks();
-        disks.iter().try_for_each(|disk| transaction::settle(disk, &disks))
+        disks.iter().try_for_each(|disk| transaction::settle(disk, &disks))?;
+        disks.iter().filter(|disk| disk.holds.forget_ended()).for_each(|disk| disk.stop_unnamed());
+        Ok(())
     }
 
     /// Runs one change of several disks' directories.

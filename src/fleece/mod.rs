@@ -7,12 +7,15 @@
 //! * **I2** preserve before overwrite: `disk`, `layer`
 //! * **I3** optimistic questions, without locks: `view`
 //! * **I4** one copy per overwrite; hidden layers and their folding: `chain`, `fold`
-//! * **I5** one instant: `snapshot`
+//! * **I5** one instant: `instant`
 //! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
 //!
 //! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `recover`, `transaction`, `checkpoints`; who
-//! else writes: `foreign`; what is no longer known: `lost`.
+//! else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`, `bitmaps`, `plan`, `work`, `hold`,
+//! `users`.
 
+mod batch;
+mod bitmaps;
 mod chain;
 mod checkpoints;
 mod counters;
@@ -22,26 +25,33 @@ mod events;
 mod fleece;
 mod fold;
 mod foreign;
+mod hold;
 mod info;
+mod instant;
 mod keep;
 mod layer;
 mod lost;
 mod map;
 mod persistent;
 mod place;
+mod plan;
 mod recover;
 mod snapshot;
 mod store;
 mod stripes;
 mod tracking;
 mod transaction;
+mod users;
 mod view;
+mod work;
 mod zeros;
 
+pub use batch::{Action, Applied, BitmapInfo, BitmapRef, Refused};
 pub use counters::Counter;
 pub use disk::Disk;
 pub use events::Event;
 pub use fleece::Fleece;
+pub use hold::{Hold, HoldEnd};
 pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo, TrackingLoss};
 pub use map::ViewMap;
 pub use place::{Environment, Place, state_dir};

@@ -33,16 +33,15 @@
 //! makes one of the same name, when nothing had changed between the checkpoint and the close.
 
 use super::disk::Disk;
-use super::tracking::{Recording, Tracking, fine_name, recording_checkpoint, recording_entry};
+use super::tracking::{Recording, recording_checkpoint, recording_entry};
 use crate::bitmap::{
-    BitmapEntry, Bits, CheckpointEntry, Directory, DirtyBitmap, InImage, State, Superblock, UserBitmap, UserBitmapState,
+    Bits, CheckpointEntry, Directory, DirtyBitmap, InImage, State, Superblock, UserBitmap, UserBitmapState,
 };
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::persistent::{
-    BITS_MAX_BYTES, Change, LOST_MARK, Mark, NewBitmap, PersistentBitmaps, StoredBitmap, Trust,
+    BITS_MAX_BYTES, Change, LOST_MARK, Mark, NewBitmap, PersistentBitmaps, StoredBitmap, StoredBitmaps, Trust,
 };
-use crate::storage::Shm;
 use crate::sync::atomic::Ordering;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -117,8 +116,10 @@ pub(super) fn prove(image: &dyn Image, superblock: &Superblock, directory: &Dire
 
 /// A recovery's look at the bitmaps of an image.
 pub(super) struct Bitmaps<'a> {
-    image: Option<&'a dyn PersistentBitmaps>,
-    size: u64,
+    image: Option<&'a dyn StoredBitmaps>,
+    /// The image is open for writing, so that its bitmaps are kept.
+    pub(super) kept: bool,
+    pub(super) size: u64,
     pub(super) proof: Proof,
     mark: Option<Mark>,
     stored: Vec<StoredBitmap>,
@@ -128,9 +129,18 @@ impl<'a> Bitmaps<'a> {
     /// Lists what is there, by what `proof` makes of it.
     pub(super) fn new(image: &'a dyn Image, proof: Proof) -> Result<Bitmaps<'a>> {
         let persistent = image.persistent();
-        let stored = persistent.map(PersistentBitmaps::list).transpose()?.unwrap_or_default();
+        // What is opened for reading only is looked at; version 2 has none.
+        let readable = image.stored().filter(|_| persistent.is_some() || (image.read_only() && !image.is_shared()));
+        let stored = match readable.map(|image| image.list()).transpose() {
+            Ok(stored) => stored.unwrap_or_default(),
+            Err(e) if persistent.is_none() => {
+                log::warn!("{e}");
+                Vec::new()
+            }
+            Err(e) => return Err(e),
+        };
         let mark = persistent.map(PersistentBitmaps::mark).transpose()?;
-        Ok(Bitmaps { mark, image: persistent, size: image.size(), proof, stored })
+        Ok(Bitmaps { mark, image: readable, kept: persistent.is_some(), size: image.size(), proof, stored })
     }
 
     /// The bits of the recording checkpoint as the image has them; `kept` is the sidecar's copy of the close, where
@@ -165,57 +175,17 @@ impl<'a> Bitmaps<'a> {
         Ok(bitmap)
     }
 
-    fn load(&self, stored: &StoredBitmap) -> Result<DirtyBitmap> {
+    /// Those that are not a checkpoint's.
+    pub(super) fn of_users(&self, directory: &Directory) -> impl Iterator<Item = &StoredBitmap> {
+        let ours = directory.in_image.checkpoints.clone();
+        self.stored.iter().filter(move |stored| !ours.contains(&stored.name))
+    }
+
+    pub(super) fn load(&self, stored: &StoredBitmap) -> Result<DirtyBitmap> {
         let words = self.image.map_or(Ok(Vec::new()), |image| image.load(&stored.name))?;
         let mut bits = Bits::heap(DirtyBitmap::bits_for(stored.granularity, self.size)?);
         bits.or_words(0, words);
         DirtyBitmap::new(stored.granularity, self.size, bits)
-    }
-
-    /// The bitmaps of users: those that record, in new words, and what the directory is to say of all. `killed` gives
-    /// the bits of one in the words of a killed session.
-    pub(super) fn users(
-        &self,
-        directory: &Directory,
-        shm: &dyn Shm,
-        nobody_wrote: bool,
-        killed: impl Fn(&BitmapEntry) -> Option<DirtyBitmap>,
-    ) -> Result<(Vec<Recording>, Vec<UserBitmap>)> {
-        if self.image.is_none() {
-            return Ok((Vec::new(), directory.bitmaps.clone()));
-        }
-        let (mut recording, mut users) = (Vec::new(), Vec::new());
-        let ours = |name: &String| directory.in_image.checkpoints.contains(name);
-        for stored in self.stored.iter().filter(|stored| !ours(&stored.name)) {
-            let known = directory.bitmaps.iter().find(|known| nobody_wrote && known.name == stored.name);
-            // Under its old name among the words: until the new directory stands, a kill looks for it there.
-            let uuid = known.map_or_else(Uuid::new_v4, |known| known.bitmap.uuid);
-            let entry = entry_of(uuid, stored.granularity, self.size);
-            let mut user =
-                UserBitmap { name: stored.name.clone(), state: UserBitmapState::Inconsistent, bitmap: entry };
-            let bits = match (&stored.trust, known) {
-                (Trust::Good, _) if stored.auto => self
-                    .load(stored)
-                    .inspect_err(|e| log::error!("bitmap '{}' is lost: {e}", stored.name.escape_debug()))
-                    .ok(),
-                (Trust::Good, _) => {
-                    user.state = UserBitmapState::Disabled;
-                    None
-                }
-                (Trust::InUse, Some(known)) if known.state == UserBitmapState::Recording => killed(&known.bitmap),
-                (Trust::InUse, Some(known)) => {
-                    user = known.clone();
-                    None
-                }
-                _ => None,
-            };
-            if let Some(bits) = bits {
-                user.state = UserBitmapState::Recording;
-                recording.push(in_words(&bits, user.bitmap.uuid, self.size, shm)?);
-            }
-            users.push(user);
-        }
-        Ok((recording, users))
     }
 
     /// Notes the mark that was found, where it proves that nobody else wrote: a session that is killed before it has
@@ -234,14 +204,6 @@ impl<'a> Bitmaps<'a> {
     }
 }
 
-/// A copy of a bitmap for a disk of `size` bytes that outlives this process.
-fn in_words(bits: &DirtyBitmap, uuid: Uuid, size: u64, shm: &dyn Shm) -> Result<Recording> {
-    let count = DirtyBitmap::bits_for(bits.granularity(), size)?;
-    let words = shm.create(&fine_name(uuid), Bits::words_for(count))?;
-    let bitmap = bits.resized(size, Bits::new(words, count), true)?;
-    Ok(Recording { uuid, bitmap: Arc::new(bitmap) })
-}
-
 /// Whether every bit of `kept` is set in `now`, as far as both reach.
 fn has_all(now: &DirtyBitmap, kept: &DirtyBitmap) -> bool {
     let (now, kept) = (now.bits(), kept.bits());
@@ -249,11 +211,6 @@ fn has_all(now: &DirtyBitmap, kept: &DirtyBitmap) -> bool {
     words.all(|(kept, now)| kept & !now == 0)
         // Where the disk was cut off, the last word may have lost bits behind its end.
         || (now.len() < kept.len() && (0..now.len()).all(|bit| now.get(bit) || !kept.get(bit)))
-}
-
-/// The entry of a bitmap without an area.
-fn entry_of(uuid: Uuid, granularity: u64, size: u64) -> BitmapEntry {
-    BitmapEntry { uuid, granularity, size, area: None, crc: None, everything: None, dirty: 0 }
 }
 
 /// What is stored at a close.
@@ -288,23 +245,16 @@ fn changes<'a>(
     let old = old.filter(|name| checkpoint.is_none_or(|checkpoint| checkpoint.name != **name));
     let mut changes: Vec<Change<'_>> = old.map(|name| Change::Remove(name)).collect();
     changes.extend(checkpoint.map(ToStore::change));
-    for (user, stored) in directory.bitmaps.iter().zip(users).filter(|(user, _)| is_there(&user.name)) {
+    for (user, stored) in directory.bitmaps.iter().zip(users) {
         match (stored, user.state) {
             (Some(stored), _) => changes.push(stored.change()),
-            (None, UserBitmapState::Disabled) if user.bitmap.area.is_none() => changes.push(Change::Trust(&user.name)),
+            (None, UserBitmapState::Disabled) if user.bitmap.area.is_none() && is_there(&user.name) => {
+                changes.push(Change::Trust(&user.name));
+            }
             _ => (),
         }
     }
     changes
-}
-
-impl Tracking {
-    /// A disabled bitmap of a user as it is to be stored at another size than it has in the image.
-    fn resized(&self, user: &UserBitmap, size: u64) -> std::result::Result<DirtyBitmap, String> {
-        let bitmap = self.load(&user.bitmap)?;
-        let bits = Bits::heap(size.div_ceil(bitmap.granularity()));
-        bitmap.resized(size, bits, true).map_err(|e| e.to_string())
-    }
 }
 
 impl Disk {
@@ -369,14 +319,15 @@ impl Disk {
     fn users_to_store(&self, directory: &Directory) -> Vec<Option<ToStore>> {
         let recording = self.tracking.recording();
         let one = |user: &UserBitmap| match user.state {
+            _ if !user.persistent => None,
             UserBitmapState::Recording => {
                 let recording = recording.iter().find(|recording| recording.uuid == user.bitmap.uuid)?;
                 Some(ToStore::new(&user.name, true, &recording.bitmap))
             }
-            UserBitmapState::Disabled if user.bitmap.area.is_some() => match self.tracking.resized(user, self.size()) {
+            UserBitmapState::Disabled if user.bitmap.area.is_some() => match self.load_user(user) {
                 Ok(bitmap) => Some(ToStore::new(&user.name, false, &bitmap)),
-                Err(why) => {
-                    log::warn!("disk '{}': bitmap '{}' is lost: {why}", self.name(), user.name);
+                Err(e) => {
+                    log::warn!("disk '{}': bitmap '{}' is lost: {e}", self.name(), user.name.escape_debug());
                     None
                 }
             },

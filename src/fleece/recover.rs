@@ -326,8 +326,15 @@ impl Opening<'_> {
         directory.in_image.checkpoints = self.bitmaps.checkpoint_names(&directory, nobody_wrote);
         let extra = self.settle_prepared(&mut directory, old)?;
         let (checkpoint, recorded) = self.recover_recording(&mut directory, found, extra)?;
-        let in_words = |entry: &BitmapEntry| old.and_then(|old| words_of(old, entry).ok().flatten());
-        let (users, entries) = self.bitmaps.users(&directory, self.shm, nobody_wrote, in_words)?;
+        let known = super::users::Known {
+            nobody_wrote,
+            clean: matches!(self.sidecar.superblock().state, State::Clean { .. }),
+            bits: &|entry| match found {
+                Found::Clean => self.saved(entry).ok(),
+                _ => old.and_then(|old| words_of(old, entry).ok().flatten()),
+            },
+        };
+        let (users, entries) = super::users::recover(self.bitmaps, &directory, self.shm, &known)?;
         directory.bitmaps = entries;
         self.bitmaps.keep_mark(&mut directory.in_image);
         let mut state = Recovered {
@@ -358,7 +365,7 @@ impl Opening<'_> {
             log::warn!("disk '{}': a change of several disks was made after the crash", self.name);
             return Ok(None);
         }
-        let PreparedAction::Snapshot { layer, checkpoint } = prepared.action else { return Ok(None) };
+        let PreparedAction::Snapshot { layer, checkpoint, .. } = prepared.action else { return Ok(None) };
         directory.next_layer = directory.next_layer.max(layer.seq + 1);
         if old.map(|old| old.open(&word_name(layer.uuid, PARTS[0]))).transpose()?.flatten().is_some() {
             // It may have been published, and older views may look through it: it stays, hidden. Without words it never
@@ -570,13 +577,13 @@ impl Disk {
                     sealed.push(self.tracking.seal(one, entry.bitmap.everything.clone())?);
                 }
             }
-            Ok(())
+            self.seal_users(&directory, &mut sealed)
         };
         let saved = seal_all().and_then(|()| {
             self.tracking.sidecar.commit(|directory| {
                 for bitmap in &sealed {
-                    for entry in directory.checkpoints.iter_mut().filter(|entry| entry.bitmap.uuid == bitmap.uuid) {
-                        entry.bitmap = bitmap.clone();
+                    for entry in directory.all_bitmaps_mut().filter(|entry| entry.uuid == bitmap.uuid) {
+                        *entry = bitmap.clone();
                     }
                 }
                 let kept = |uuid: Uuid| keep_views && chain.layers.iter().any(|layer| layer.uuid == uuid);

@@ -10,6 +10,7 @@ use super::layer::{Layer, LayerWords};
 use super::tracking::{Recording, recording_checkpoint, recording_entry};
 use super::transaction::{self, Part};
 use super::view::{Point, View};
+use super::work::Work;
 use super::{Disk, Since};
 use crate::bitmap::{
     BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, PreparedAction, SnapshotEntry,
@@ -18,7 +19,7 @@ use crate::error::{Error, Result, errno};
 use crate::sync::Mutex;
 use crate::units::{DEFAULT_GRANULARITY, check_name};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// How often is looked again whether dropped snapshots have given back what they hold, and how long between.
@@ -150,37 +151,15 @@ impl Snapshot {
     }
 }
 
-/// A snapshot that was frozen but could not be made durable. The coordinator's directory decides, so it goes first.
-/// Until a directory says durably that the snapshot is none, both its bitmaps record and the layer goes on preserving,
-/// so that whatever a recovery goes by is true.
-pub(super) struct FailedSnapshot {
-    transaction: Uuid,
-    checkpoint: Uuid,
-    taking: Vec<Taking>,
-    /// What was sealed for it: areas to give back.
-    sealed: Vec<Option<BitmapEntry>>,
-}
-
-impl FailedSnapshot {
-    /// Takes it back; may be repeated after an error.
-    pub(super) fn undo(&self) -> Result<()> {
-        self.taking.iter().try_for_each(|one| one.undo(self.transaction, self.checkpoint))?;
-        for (one, entry) in self.taking.iter().zip(&self.sealed) {
-            entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
-        }
-        Ok(())
-    }
-}
-
 /// One disk's part of a snapshot that is being taken.
-struct Taking {
-    disk: Arc<Disk>,
-    layer: Arc<Layer>,
+pub(super) struct Taking {
+    pub(super) disk: Arc<Disk>,
+    pub(super) layer: Arc<Layer>,
     recording: Recording,
     /// What recorded until now, if anything did.
     old: Option<Recording>,
     old_everything: Option<String>,
-    layer_entry: LayerEntry,
+    pub(super) layer_entry: LayerEntry,
     checkpoint: CheckpointEntry,
 }
 
@@ -190,26 +169,30 @@ impl Fleece {
         let _control = self.control.lock();
         check_name("snapshot", &request.name)?;
         self.settle()?;
+        self.check_request(request)?;
+        let snapshot = self.make_happen(Some(self.prepare_snapshot(request)?), &mut Work::default())?;
+        let snapshot = snapshot.ok_or_else(|| self.nothing_to_freeze())?;
+        self.snapshot_taken(&snapshot);
+        Ok(snapshot)
+    }
+
+    /// Whether a snapshot can be named so, and its disks are there.
+    pub(super) fn check_request(&self, request: &SnapshotRequest) -> Result<()> {
+        check_name("snapshot", &request.name)?;
         self.check_name_free(&request.name)?;
-        let disks = self.chosen_disks(&request.disks)?;
-        let uuid = Uuid::new_v4();
-        let time_ns = crate::storage::clock::now_ns();
-        for disk in &disks {
-            disk.check_freezable()?;
-            disk.check_foreign()?;
-        }
-        let taking = self.once_gone(errno::ENOSPC, || Taking::prepare_all(&disks, request, uuid, time_ns))?;
-        self.take(request, uuid, time_ns, taking).inspect(|snapshot| {
-            // Who wrote since the look before the freeze is in the view, but not in the interval that ends with it.
-            for disk in &disks {
-                if let Err(e) = disk.check_foreign() {
-                    log::warn!("disk '{}': {e}", disk.name());
-                }
+        self.chosen_disks(&request.disks).map(drop)
+    }
+
+    pub(super) fn snapshot_taken(&self, snapshot: &Snapshot) {
+        // Who wrote since the look before the freeze is in the view, but not in the interval that ends with it.
+        for view in &snapshot.views {
+            if let Err(e) = view.disk.check_foreign() {
+                log::warn!("disk '{}': {e}", view.disk_name());
             }
-            log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
-            self.counters.snapshots_taken.add(1);
-            self.retain_checkpoints();
-        })
+        }
+        log::info!("snapshot '{}' of {} disk(s) taken", snapshot.name, snapshot.views.len());
+        self.counters.snapshots_taken.add(1);
+        self.retain_checkpoints();
     }
 
     /// Tries again what fails with `errno` while dropped snapshots are still there: what they hold is given back soon
@@ -230,58 +213,7 @@ impl Fleece {
         result
     }
 
-    fn take(&self, request: &SnapshotRequest, uuid: Uuid, time_ns: i64, taking: Vec<Taking>) -> Result<Arc<Snapshot>> {
-        let id = Uuid::new_v4();
-        let parts: Vec<Part> = taking.iter().map(Taking::part).collect();
-        if let Err(e) = transaction::prepare(id, &parts) {
-            taking.iter().for_each(Taking::forget);
-            return Err(e);
-        }
-        self.freeze(&taking);
-        let mut sealed = Vec::new();
-        let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
-        if let Err(e) = saved.and_then(|()| transaction::commit(id, &parts, |index| sealed[index].clone())) {
-            taking.iter().for_each(Taking::record_both);
-            let failed = FailedSnapshot { transaction: id, checkpoint: uuid, taking, sealed };
-            if let Err(second) = failed.undo() {
-                log::error!("{second}; tried again before the next change");
-                self.unsettled.lock().push(failed);
-            }
-            self.reaper().wake();
-            return Err(not_taken(&request.name, e));
-        }
-        let views = taking
-            .iter()
-            .filter_map(|one| View::new(one.disk.clone(), one.layer.clone(), &one.layer_entry).map(Arc::new))
-            .collect();
-        for one in &taking {
-            if let Some(old) = &one.old {
-                one.disk.tracking.forget_words(old.uuid);
-            }
-        }
-        let snapshot = Arc::new(Snapshot::new(request.name.clone(), uuid, time_ns, views, self.reaper()));
-        self.snapshots.write().push(snapshot.clone());
-        Ok(snapshot)
-    }
-
-    /// I5: all gates, then memory only, then all gates open again.
-    fn freeze(&self, taking: &[Taking]) {
-        let asked = Instant::now();
-        let gates: Vec<_> = taking.iter().map(|one| one.disk.gate.write()).collect();
-        for one in taking {
-            {
-                let _one = one.disk.chain_edit.lock();
-                let mut chain = (*one.disk.chain.load()).clone();
-                chain.layers.push(one.layer.clone());
-                one.disk.chain.store(Arc::new(chain));
-            }
-            one.switch(one.old.as_ref(), &one.recording);
-        }
-        drop(gates);
-        self.counters.freeze_ns.add(asked.elapsed().as_nanos() as u64);
-    }
-
-    fn chosen_disks(&self, names: &[String]) -> Result<Vec<Arc<Disk>>> {
+    pub(super) fn chosen_disks(&self, names: &[String]) -> Result<Vec<Arc<Disk>>> {
         let disks = self.disks.read();
         if let Some(unknown) = names.iter().find(|name| !disks.contains_key(*name)) {
             return Err(self.unknown_disk(unknown));
@@ -292,10 +224,13 @@ impl Fleece {
             .cloned()
             .collect();
         if chosen.is_empty() {
-            return Err(Error::new(errno::ENODEV, "snapshot", "there is no disk to freeze")
-                .hint("add one with `fleecefs disk add`"));
+            return Err(self.nothing_to_freeze());
         }
         Ok(chosen)
+    }
+
+    fn nothing_to_freeze(&self) -> Error {
+        Error::new(errno::ENODEV, "snapshot", "there is no disk to freeze").hint("add one with `fleecefs disk add`")
     }
 
     fn check_name_free(&self, name: &str) -> Result<()> {
@@ -385,7 +320,12 @@ fn parts_of(snapshot: &Snapshot, action: &PreparedAction) -> Vec<Part> {
 
 impl Taking {
     /// All disks' parts, or none.
-    fn prepare_all(disks: &[Arc<Disk>], request: &SnapshotRequest, uuid: Uuid, time_ns: i64) -> Result<Vec<Taking>> {
+    pub(super) fn prepare_all(
+        disks: &[Arc<Disk>],
+        request: &SnapshotRequest,
+        uuid: Uuid,
+        time_ns: i64,
+    ) -> Result<Vec<Taking>> {
         let mut taking = Vec::new();
         for disk in disks {
             match Taking::prepare(disk.clone(), request, uuid, time_ns) {
@@ -444,9 +384,26 @@ impl Taking {
         Ok(Taking { disk, layer, recording, old, old_everything, layer_entry, checkpoint })
     }
 
-    fn part(&self) -> Part {
-        let action = PreparedAction::Snapshot { layer: self.layer_entry.clone(), checkpoint: self.checkpoint.clone() };
+    pub(super) fn part(&self) -> Part {
+        let (layer, checkpoint) = (self.layer_entry.clone(), self.checkpoint.clone());
+        let action = PreparedAction::Snapshot { layer, checkpoint, bitmaps: None };
         Part { disk: self.disk.clone(), action }
+    }
+
+    /// The instant: the layer is there for every later write, and the new bitmap records. The gate is held.
+    pub(super) fn publish(&self) {
+        {
+            let _one = self.disk.chain_edit.lock();
+            let mut chain = (*self.disk.chain.load()).clone();
+            chain.layers.push(self.layer.clone());
+            self.disk.chain.store(Arc::new(chain));
+        }
+        self.switch(self.old.as_ref(), &self.recording);
+    }
+
+    /// The snapshot stands: what recorded until then is in the sidecar.
+    pub(super) fn done(&self) {
+        self.old.iter().for_each(|old| self.disk.tracking.forget_words(old.uuid));
     }
 
     /// Puts `to` in the place of `from` among the recording bitmaps.
@@ -457,18 +414,18 @@ impl Taking {
         self.disk.tracking.switch(list);
     }
 
-    fn seal(&self) -> Result<Option<BitmapEntry>> {
+    pub(super) fn seal(&self) -> Result<Option<BitmapEntry>> {
         self.old.as_ref().map(|old| self.disk.tracking.seal(old, self.old_everything.clone())).transpose()
     }
 
     /// Nothing was published: all that was made goes.
-    fn forget(&self) {
+    pub(super) fn forget(&self) {
         self.layer.doom(self.disk.tracking.shm.clone());
         self.disk.tracking.forget_words(self.recording.uuid);
     }
 
     /// From here on the old bitmap records on, beside the new one, with what the new one has.
-    fn record_both(&self) {
+    pub(super) fn record_both(&self) {
         if let Some(old) = &self.old {
             let _gate = self.disk.gate.write();
             old.bitmap.merge_from(&self.recording.bitmap);
@@ -478,25 +435,22 @@ impl Taking {
         }
     }
 
-    /// Takes the snapshot back durably; only then memory follows. The layer stays, hidden, since older views may look
-    /// through it by now.
-    fn undo(&self, transaction: Uuid, checkpoint: Uuid) -> Result<()> {
-        self.disk.tracking.sidecar.commit(|directory| {
-            directory.prepared = None;
-            directory.committed.retain(|id| *id != transaction);
-            directory.checkpoints.retain(|entry| entry.uuid != checkpoint);
-            if let (Some(last), Some(old)) = (directory.checkpoints.last_mut(), &self.old) {
-                last.state = CheckpointState::Recording;
-                last.bitmap = BitmapEntry { everything: self.old_everything.clone(), ..recording_entry(old) };
-            }
-            directory.layers.retain(|entry| entry.uuid != self.layer.uuid);
-            directory.layers.push(LayerEntry { snapshot: None, ..self.layer_entry.clone() });
-            directory.next_layer = directory.next_layer.max(self.layer.seq + 1);
-            Ok(())
-        })?;
+    /// Takes the snapshot back in the directory; once that is durable, [`Taking::undone`] follows. The layer stays,
+    /// hidden, since older views may look through it by now.
+    pub(super) fn undo_in(&self, directory: &mut Directory, checkpoint: Uuid) {
+        directory.checkpoints.retain(|entry| entry.uuid != checkpoint);
+        if let (Some(last), Some(old)) = (directory.checkpoints.last_mut(), &self.old) {
+            last.state = CheckpointState::Recording;
+            last.bitmap = BitmapEntry { everything: self.old_everything.clone(), ..recording_entry(old) };
+        }
+        directory.layers.retain(|entry| entry.uuid != self.layer.uuid);
+        directory.layers.push(LayerEntry { snapshot: None, ..self.layer_entry.clone() });
+        directory.next_layer = directory.next_layer.max(self.layer.seq + 1);
+    }
+
+    pub(super) fn undone(&self) {
         self.layer.hide();
         self.stop_recording();
-        Ok(())
     }
 
     fn stop_recording(&self) {
@@ -508,7 +462,7 @@ impl Taking {
 }
 
 /// A file that is missing below is an I/O error here: ENOENT would say that the caller named something unknown.
-fn not_taken(name: &str, e: Error) -> Error {
+pub(super) fn not_taken(name: &str, e: Error) -> Error {
     let what = format!("snapshot '{name}' was not taken");
     if e.errno() == errno::ENOENT {
         return Error::new(errno::EIO, what, e.to_string())

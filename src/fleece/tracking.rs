@@ -174,6 +174,18 @@ impl Tracking {
         }
     }
 
+    /// One more bitmap records. The gate is held exclusively.
+    pub(super) fn also_record(&self, recording: &Recording) {
+        let mut list = (*self.recording()).clone();
+        list.push(recording.clone());
+        self.switch(list);
+    }
+
+    /// A copy of one checkpoint's bitmap for a disk of `size` bytes.
+    pub(super) fn alone(&self, checkpoint: &CheckpointEntry, size: u64) -> Result<DirtyBitmap> {
+        union_of(self, std::slice::from_ref(checkpoint), size).map(|union| union.bitmap)
+    }
+
     /// Everything that changed from checkpoint `base` up to checkpoint `target`, on a disk of `size` bytes.
     pub(super) fn union(&self, base: Uuid, target: Uuid, size: u64) -> Result<Union> {
         // Holding the directory keeps the areas that it names.

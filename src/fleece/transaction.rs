@@ -41,6 +41,20 @@ pub(super) fn prepare(id: Uuid, parts: &[Part]) -> Result<()> {
     Ok(())
 }
 
+/// Prepares parts anew, with what is known only now. After an error some are as they were.
+pub(super) fn prepare_again(id: Uuid, parts: &[Part]) -> Result<()> {
+    let disks: Vec<Uuid> = parts.iter().map(|part| part.disk.uuid()).collect();
+    let Some(&coordinator) = disks.first() else { return Ok(()) };
+    for part in parts {
+        let prepared = Prepared { transaction: id, coordinator, disks: disks.clone(), action: part.action.clone() };
+        part.disk.tracking.sidecar.commit(|directory| {
+            directory.prepared = Some(prepared);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Takes prepared parts back; the directories then say nothing of them.
 pub(super) fn take_back(parts: &[Part]) {
     for part in parts {
@@ -115,7 +129,13 @@ fn remember(directory: &mut Directory, id: Uuid) {
 /// Makes a change in a directory. `sealed`: the saved form of the bitmap that recorded until now.
 pub(super) fn apply(directory: &mut Directory, action: &PreparedAction, sealed: Option<BitmapEntry>) {
     match action {
-        PreparedAction::Snapshot { layer, checkpoint } => apply_snapshot(directory, layer, checkpoint, sealed),
+        PreparedAction::Snapshot { layer, checkpoint, bitmaps } => {
+            apply_snapshot(directory, layer, checkpoint, sealed);
+            if let Some(bitmaps) = bitmaps {
+                directory.bitmaps.clone_from(bitmaps);
+            }
+        }
+        PreparedAction::Bitmaps { bitmaps } => directory.bitmaps.clone_from(bitmaps),
         PreparedAction::Complete { checkpoint, consumer } => {
             for entry in directory.checkpoints.iter_mut().filter(|entry| entry.uuid == *checkpoint) {
                 entry.completed = true;

@@ -3,7 +3,7 @@
 //! [`Image`] is the trait that the core drives; [`open`] gives one of a file in any format. [`raw`] and [`qcow2`] are the
 //! formats; [`probed`] keeps the guest of an image whose format nobody named from changing it.
 
-use self::persistent::PersistentBitmaps;
+use self::persistent::{PersistentBitmaps, StoredBitmaps};
 use crate::error::{Error, Result, errno};
 use crate::storage::lock::Access;
 use crate::storage::{BlockStatus, Stamp};
@@ -188,6 +188,14 @@ pub trait Image: Send + Sync + Debug {
     }
     /// The persistent bitmaps, where the format has them and the image was opened for writing by who keeps them.
     fn persistent(&self) -> Option<&dyn PersistentBitmaps> {
+        None
+    }
+    /// The persistent bitmaps for reading, where the format has them, and the disk is no internal snapshot.
+    fn stored(&self) -> Option<&dyn StoredBitmaps> {
+        None
+    }
+    /// Bytes of a cluster, where the format has them.
+    fn cluster_bytes(&self) -> Option<u64> {
         None
     }
     /// The format.

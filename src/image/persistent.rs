@@ -88,13 +88,22 @@ impl Change<'_> {
     }
 }
 
-/// The persistent bitmaps of an image that is open for writing.
-pub trait PersistentBitmaps: Send + Sync + Debug {
-    /// All of them. EINVAL where what the image says of them breaks the format.
+/// The persistent bitmaps of an image, for reading.
+pub trait StoredBitmaps: Send + Sync + Debug {
+    /// All of them, in the order of the file. EINVAL where what the image says of them breaks the format.
     fn list(&self) -> Result<Vec<StoredBitmap>>;
     /// The bits of one, a word for 64 of them, also where it is in use: the caller knows whether they are worth
     /// anything.
     fn load(&self, name: &str) -> Result<Vec<u64>>;
+    /// Whether the format can have one more bitmap, of this name and granularity in bytes, beside `others`. The error is
+    /// QEMU's text.
+    fn can_store(&self, name: &str, granularity: u64, others: &[&str]) -> std::result::Result<(), String>;
+}
+
+/// The persistent bitmaps of an image that is open for writing.
+pub trait PersistentBitmaps: StoredBitmaps {
+    /// Takes bitmaps out of the file, all or none, durably, while the others are in use. Unknown names are passed over.
+    fn remove(&self, names: &[&str]) -> Result<()>;
     /// The mark as it is in the file now.
     fn mark(&self) -> Result<Mark>;
     /// Makes durable that the bits of all good bitmaps no longer count, and the mark where the image has room for one and

@@ -25,7 +25,7 @@ pub struct Directory {
     pub size: u64,
     /// Oldest first; the last one records.
     pub checkpoints: Vec<CheckpointEntry>,
-    /// Bitmaps of users, by their names.
+    /// Bitmaps of users; one a name, oldest first.
     pub bitmaps: Vec<UserBitmap>,
     /// What the image itself keeps for us, where its format can.
     #[serde(default)]
@@ -103,6 +103,19 @@ pub struct UserBitmap {
     pub state: UserBitmapState,
     /// Where its bits are: beside the recording ones in memory, in an area, or else in the image.
     pub bitmap: BitmapEntry,
+    /// Whether it survives a close and a crash.
+    #[serde(default = "yes")]
+    pub persistent: bool,
+    /// It came with an image that is open for reading only: its bits cannot be changed.
+    #[serde(default)]
+    pub read_only: bool,
+    /// When it was made, nanoseconds since the epoch; 0 where that is not known.
+    #[serde(default)]
+    pub time_ns: i64,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a user's bitmap is doing.
@@ -207,6 +220,14 @@ pub enum PreparedAction {
         layer: LayerEntry,
         /// The checkpoint.
         checkpoint: CheckpointEntry,
+        /// The users' bitmaps as they are to be, where the batch that it belongs to changes them.
+        #[serde(default)]
+        bitmaps: Option<Vec<UserBitmap>>,
+    },
+    /// The users' bitmaps change.
+    Bitmaps {
+        /// All of them as they are to be.
+        bitmaps: Vec<UserBitmap>,
     },
     /// A snapshot ends well: its view goes, its checkpoint counts as completed.
     Complete {
@@ -245,24 +266,30 @@ impl Directory {
         }
     }
 
-    /// Every bitmap: the checkpoints', the users', and that of a prepared checkpoint.
+    /// Every bitmap: the checkpoints', the users', and those of a prepared change.
     pub fn all_bitmaps(&self) -> impl Iterator<Item = &BitmapEntry> {
-        let prepared = match &self.prepared {
-            Some(Prepared { action: PreparedAction::Snapshot { checkpoint, .. }, .. }) => Some(&checkpoint.bitmap),
-            _ => None,
+        let (prepared, users) = match &self.prepared {
+            Some(Prepared { action: PreparedAction::Snapshot { checkpoint, bitmaps, .. }, .. }) => {
+                (Some(&checkpoint.bitmap), bitmaps.as_deref().unwrap_or_default())
+            }
+            Some(Prepared { action: PreparedAction::Bitmaps { bitmaps }, .. }) => (None, &bitmaps[..]),
+            _ => (None, &[][..]),
         };
-        let checkpoints = self.checkpoints.iter().map(|checkpoint| &checkpoint.bitmap);
-        checkpoints.chain(self.bitmaps.iter().map(|user| &user.bitmap)).chain(prepared)
+        let users = self.bitmaps.iter().chain(users).map(|user| &user.bitmap);
+        self.checkpoints.iter().map(|checkpoint| &checkpoint.bitmap).chain(users).chain(prepared)
     }
 
     /// [`Directory::all_bitmaps`], to change them.
     pub fn all_bitmaps_mut(&mut self) -> impl Iterator<Item = &mut BitmapEntry> {
-        let prepared = match &mut self.prepared {
-            Some(Prepared { action: PreparedAction::Snapshot { checkpoint, .. }, .. }) => Some(&mut checkpoint.bitmap),
-            _ => None,
+        let (prepared, users) = match &mut self.prepared {
+            Some(Prepared { action: PreparedAction::Snapshot { checkpoint, bitmaps, .. }, .. }) => {
+                (Some(&mut checkpoint.bitmap), bitmaps.as_deref_mut().unwrap_or_default())
+            }
+            Some(Prepared { action: PreparedAction::Bitmaps { bitmaps }, .. }) => (None, &mut bitmaps[..]),
+            _ => (None, &mut [][..]),
         };
-        let checkpoints = self.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap);
-        checkpoints.chain(self.bitmaps.iter_mut().map(|user| &mut user.bitmap)).chain(prepared)
+        let users = self.bitmaps.iter_mut().chain(users).map(|user| &mut user.bitmap);
+        self.checkpoints.iter_mut().map(|checkpoint| &mut checkpoint.bitmap).chain(users).chain(prepared)
     }
 
     /// Every area that is named.

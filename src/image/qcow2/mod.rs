@@ -36,7 +36,7 @@ use self::mapping::{CACHE_BYTES, Mapping, Run, Source};
 use self::session::Session;
 use self::snapshots::Snapshot;
 use self::write::Writer;
-use super::persistent::PersistentBitmaps;
+use super::persistent::{PersistentBitmaps, StoredBitmaps};
 use super::raw::RawImage;
 use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
@@ -378,6 +378,14 @@ impl Image for Qcow2Image {
 
     fn persistent(&self) -> Option<&dyn PersistentBitmaps> {
         if self.keeps_bitmaps && self.writer.is_some() { Some(self) } else { None }
+    }
+
+    fn stored(&self) -> Option<&dyn StoredBitmaps> {
+        if self.snapshot.is_none() { Some(self) } else { None }
+    }
+
+    fn cluster_bytes(&self) -> Option<u64> {
+        Some(self.header.cluster_size())
     }
 
     fn format(&self) -> Format {

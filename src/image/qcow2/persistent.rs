@@ -7,7 +7,7 @@
 
 use super::Qcow2Image;
 use super::bitmaps::mark_in_use;
-use super::bitmaps_format::{Directory, Entry};
+use super::bitmaps_format::{COUNT_MAX, DIRECTORY_MAX_BYTES, Directory, Entry, FIXED_BYTES, NAME_MAX_BYTES};
 use super::extensions::MARK;
 use super::header::{Header, autoclear};
 use super::tables::HostOffset;
@@ -15,7 +15,9 @@ use super::write::Writer;
 use super::{header_write, read_header};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
-use crate::image::persistent::{Change, LOST_MARK, Mark, PersistentBitmaps, StoredBitmap, Trust};
+use crate::image::persistent::{
+    BITS_MAX_BYTES, Change, LOST_MARK, Mark, PersistentBitmaps, StoredBitmap, StoredBitmaps, Trust,
+};
 use crate::storage::{Stamp, Storage};
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
@@ -126,16 +128,16 @@ fn stored(entry: &Entry, header: &Header, consistent: bool) -> StoredBitmap {
     StoredBitmap { name: entry.name.clone(), granularity: entry.granularity_bytes(), auto: entry.auto(), trust }
 }
 
-impl PersistentBitmaps for Qcow2Image {
+impl StoredBitmaps for Qcow2Image {
     fn list(&self) -> Result<Vec<StoredBitmap>> {
-        let _session = self.bitmap_writer()?.session.lock();
+        let _session = self.writer.as_ref().map(|writer| writer.session.lock());
         let (header, directory) = self.bitmap_directory()?;
         let Some(directory) = directory else { return Ok(Vec::new()) };
         Ok(directory.all.iter().map(|entry| stored(entry, &header, directory.consistent)).collect())
     }
 
     fn load(&self, name: &str) -> Result<Vec<u64>> {
-        let _session = self.bitmap_writer()?.session.lock();
+        let _session = self.writer.as_ref().map(|writer| writer.session.lock());
         let (header, directory) = self.bitmap_directory()?;
         let found = directory.iter().flat_map(|d| &d.all).find(|entry| entry.name == name);
         let Some(entry) = found else {
@@ -144,6 +146,41 @@ impl PersistentBitmaps for Qcow2Image {
         };
         let bits = entry.released().load(&*self.file, &header, true)?;
         Ok(bits.words().collect())
+    }
+
+    fn can_store(&self, name: &str, granularity: u64, others: &[&str]) -> std::result::Result<(), String> {
+        if self.header.version < 3 {
+            return Err("Cannot store dirty bitmaps in qcow2 v2 files".to_owned());
+        }
+        if name.len() > NAME_MAX_BYTES {
+            return Err(format!("Name length exceeds maximum ({NAME_MAX_BYTES} characters)"));
+        }
+        if self.size().div_ceil(granularity).div_ceil(8) > BITS_MAX_BYTES {
+            return Err("Too much space will be occupied by the bitmap. Use larger granularity".to_owned());
+        }
+        if others.len() >= COUNT_MAX as usize {
+            return Err("Maximum number of persistent bitmaps is already reached".to_owned());
+        }
+        let entry_bytes = |name: &str| (FIXED_BYTES + name.len()).next_multiple_of(8) as u64;
+        let bytes: u64 = others.iter().map(|other| entry_bytes(other)).sum();
+        if bytes + entry_bytes(name) > DIRECTORY_MAX_BYTES {
+            return Err("Not enough space in the bitmap directory".to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl PersistentBitmaps for Qcow2Image {
+    fn remove(&self, names: &[&str]) -> Result<()> {
+        let mut session = self.bitmap_writer()?.session.lock();
+        let (old, directory) = self.bitmap_directory()?;
+        let there = directory.iter().flat_map(|directory| &directory.all).map(|entry| entry.name.as_str());
+        let changes: Vec<Change<'_>> = there.filter(|name| names.contains(name)).map(Change::Remove).collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let new = session.change_bitmaps(&changes)?;
+        self.move_directory(&old, &new)
     }
 
     fn mark(&self) -> Result<Mark> {

@@ -297,7 +297,11 @@ fn layer() -> impl Strategy<Value = LayerEntry> {
 fn any_directory() -> impl Strategy<Value = Directory> {
     let few = 0..3usize;
     let action = prop_oneof![
-        (layer(), checkpoint()).prop_map(|(layer, checkpoint)| PreparedAction::Snapshot { layer, checkpoint }),
+        (layer(), checkpoint()).prop_map(|(layer, checkpoint)| PreparedAction::Snapshot {
+            layer,
+            checkpoint,
+            bitmaps: None
+        }),
         consumer().prop_map(|entry| PreparedAction::Consumer { entry }),
     ];
     let prepared = (uuid(), uuid(), proptest::collection::vec(uuid(), few.clone()), action)

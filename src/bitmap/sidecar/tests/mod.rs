@@ -24,7 +24,14 @@ fn fresh() -> (Disk, Sidecar) {
 
 /// A user's bitmap with these bits.
 fn user(bitmap: BitmapEntry) -> UserBitmap {
-    UserBitmap { name: bitmap.uuid.to_string(), state: UserBitmapState::Recording, bitmap }
+    UserBitmap {
+        name: bitmap.uuid.to_string(),
+        state: UserBitmapState::Recording,
+        bitmap,
+        persistent: true,
+        read_only: false,
+        time_ns: 0,
+    }
 }
 
 /// The bits of a user's bitmap, of 512-byte granules that just fill `area`.

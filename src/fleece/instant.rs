@@ -1,0 +1,201 @@
+//! One instant of several disks (I5), and the change of their directories that it belongs to.
+//!
+//! Everything that needs I/O comes before or after: first stores, bitmaps and, where layers are published, the change
+//! as *prepared* in each directory; then the gates of all disks concerned are held exclusively, in name order, while
+//! layers are published and recording bitmaps put beside or in place of others, in memory alone; then what has to be
+//! durable is written, and the change is committed on all disks or on none; then the answer.
+//!
+//! Until a directory says durably what counts, both its bitmaps record, those of before and those of after: whatever
+//! a recovery goes by is true. Where a commit fails, the change is taken back; while that fails too, it stays so, and
+//! the next operation first tries again.
+
+use super::Disk;
+use super::fleece::Fleece;
+use super::snapshot::{Snapshot, Taking, not_taken};
+use super::transaction::{self, Part};
+use super::view::View;
+use super::work::{Lists, Work};
+use crate::bitmap::{BitmapEntry, PreparedAction};
+use crate::error::Result;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+use uuid::Uuid;
+
+/// A snapshot that is to be taken.
+pub(super) struct NewSnapshot {
+    pub name: String,
+    pub uuid: Uuid,
+    pub time_ns: i64,
+    pub taking: Vec<Taking>,
+}
+
+/// A change of several disks that could not be made durable. The coordinator's directory decides, so it goes first.
+pub(super) struct FailedChange {
+    transaction: Uuid,
+    /// The checkpoint that it would have made.
+    checkpoint: Option<Uuid>,
+    disks: Vec<Arc<Disk>>,
+    taking: Vec<Taking>,
+    /// What was sealed for it: areas to give back.
+    sealed: Vec<Option<BitmapEntry>>,
+    lists: Lists,
+}
+
+impl FailedChange {
+    /// Takes it back; may be repeated after an error.
+    pub(super) fn undo(&self) -> Result<()> {
+        for disk in &self.disks {
+            let taking = self.taking.iter().find(|one| Arc::ptr_eq(&one.disk, disk));
+            disk.tracking.sidecar.commit(|directory| {
+                directory.prepared = None;
+                directory.committed.retain(|id| *id != self.transaction);
+                if let Some(bitmaps) = self.lists.old(disk) {
+                    directory.bitmaps.clone_from(bitmaps);
+                }
+                if let (Some(taking), Some(checkpoint)) = (taking, self.checkpoint) {
+                    taking.undo_in(directory, checkpoint);
+                }
+                Ok(())
+            })?;
+            if let Some(taking) = taking {
+                taking.undone();
+            }
+        }
+        for (one, entry) in self.taking.iter().zip(&self.sealed) {
+            entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
+        }
+        self.lists.abandon();
+        self.disks.iter().for_each(|disk| disk.stop_unnamed());
+        Ok(())
+    }
+}
+
+impl Fleece {
+    /// Makes what is prepared happen: `snapshot`, and the changes of `work`, at one instant.
+    pub(super) fn make_happen(&self, snapshot: Option<NewSnapshot>, work: &mut Work) -> Result<Option<Arc<Snapshot>>> {
+        let (head, taking) = match snapshot {
+            Some(NewSnapshot { name, uuid, time_ns, taking }) => (Some((name, uuid, time_ns)), taking),
+            None => (None, Vec::new()),
+        };
+        let id = Uuid::new_v4();
+        let mut parts = parts_of(&taking, &work.lists);
+        if !taking.is_empty()
+            && let Err(e) = transaction::prepare(id, &parts)
+        {
+            taking.iter().for_each(Taking::forget);
+            return Err(e);
+        }
+        let named = |disk: &Arc<Disk>| (disk.name().to_owned(), disk.clone());
+        let mut disks: BTreeMap<String, Arc<Disk>> = work.disks().map(named).collect();
+        disks.extend(taking.iter().map(|one| named(&one.disk)));
+        self.at_one_instant(disks.values(), || {
+            taking.iter().for_each(Taking::publish);
+            work.switch();
+        });
+        let mut sealed = Vec::new();
+        let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
+        let saved = saved.and_then(|()| work.save());
+        if let Err(e) = saved.and_then(|()| commit(id, &mut parts, &taking, &sealed, &work.lists)) {
+            taking.iter().for_each(Taking::record_both);
+            let checkpoint = head.as_ref().map(|(_, uuid, _)| *uuid);
+            let lists = std::mem::take(&mut work.lists);
+            let changes = |disk: &Arc<Disk>| parts.iter().any(|part| Arc::ptr_eq(&part.disk, disk));
+            let (disks, others): (Vec<_>, Vec<_>) = disks.into_values().partition(changes);
+            others.iter().for_each(|disk| disk.stop_unnamed());
+            self.take_back(FailedChange { transaction: id, checkpoint, disks, taking, sealed, lists });
+            return Err(match &head {
+                Some((name, ..)) => not_taken(name, e),
+                None => e,
+            });
+        }
+        for disk in disks.values() {
+            work.begin_holds(disk);
+            disk.stop_unnamed();
+        }
+        let Some((name, uuid, time_ns)) = head else { return Ok(None) };
+        let views = taking.iter().filter_map(Taking::view).map(Arc::new).collect();
+        taking.iter().for_each(Taking::done);
+        let snapshot = Arc::new(Snapshot::new(name, uuid, time_ns, views, self.reaper()));
+        self.snapshots.write().push(snapshot.clone());
+        Ok(Some(snapshot))
+    }
+
+    /// Replaces users' bitmaps in the directories of several disks, on all or on none; both the old and the new ones
+    /// record.
+    pub(super) fn replace(&self, lists: Lists) -> Result<()> {
+        let id = Uuid::new_v4();
+        let mut parts = parts_of(&[], &lists);
+        let disks: Vec<_> = parts.iter().map(|part| part.disk.clone()).collect();
+        if let Err(e) = commit(id, &mut parts, &[], &[], &lists) {
+            let (taking, sealed) = (Vec::new(), Vec::new());
+            self.take_back(FailedChange { transaction: id, checkpoint: None, disks, taking, sealed, lists });
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn take_back(&self, failed: FailedChange) {
+        if let Err(second) = failed.undo() {
+            log::error!("{second}; tried again before the next change");
+            self.unsettled.lock().push(failed);
+        }
+        self.reaper().wake();
+    }
+
+    /// I5: all gates, then memory only, then all gates open again. The disks come in name order.
+    fn at_one_instant<'a>(&self, disks: impl Iterator<Item = &'a Arc<Disk>>, switch: impl FnOnce()) {
+        let asked = Instant::now();
+        let gates: Vec<_> = disks.map(|disk| disk.gate.write()).collect();
+        switch();
+        drop(gates);
+        self.counters.freeze_ns.add(asked.elapsed().as_nanos() as u64);
+    }
+}
+
+/// One part a disk whose directory changes, in name order. Of bitmaps it has what is there now: their change is known
+/// only after the instant, and until then nothing is committed.
+fn parts_of(taking: &[Taking], lists: &Lists) -> Vec<Part> {
+    let mut parts: BTreeMap<String, Part> = BTreeMap::new();
+    for (disk, old) in lists.all_old() {
+        let action = PreparedAction::Bitmaps { bitmaps: old.clone() };
+        parts.insert(disk.name().to_owned(), Part { disk: disk.clone(), action });
+    }
+    for one in taking {
+        parts.insert(one.disk.name().to_owned(), one.part());
+    }
+    parts.into_values().collect()
+}
+
+/// The decision, durable: bits are in the sidecars by now.
+fn commit(
+    id: Uuid,
+    parts: &mut [Part],
+    taking: &[Taking],
+    sealed: &[Option<BitmapEntry>],
+    lists: &Lists,
+) -> Result<()> {
+    for part in parts.iter_mut() {
+        let Some(new) = lists.new_of(&part.disk) else { continue };
+        match &mut part.action {
+            PreparedAction::Snapshot { bitmaps, .. } => *bitmaps = Some(new.clone()),
+            PreparedAction::Bitmaps { bitmaps } => bitmaps.clone_from(new),
+            _ => (),
+        }
+    }
+    if parts.len() > 1 && !lists.is_empty() {
+        transaction::prepare_again(id, parts)?;
+    }
+    transaction::commit(id, parts, |index| {
+        let disk = &parts.get(index)?.disk;
+        let taking = taking.iter().position(|one| Arc::ptr_eq(&one.disk, disk))?;
+        sealed.get(taking).cloned().flatten()
+    })
+}
+
+impl Taking {
+    /// The view of what was taken.
+    fn view(&self) -> Option<View> {
+        View::new(self.disk.clone(), self.layer.clone(), &self.layer_entry)
+    }
+}

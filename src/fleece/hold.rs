@@ -123,9 +123,14 @@ impl Holds {
         holds.iter().any(|(_, successor)| successor.as_ref().is_some_and(|one| one.uuid == recording.uuid))
     }
 
-    fn successor(&self, held: &Arc<Held>) -> Option<Recording> {
+    /// What records for a hold; ESTALE for one of another mount.
+    fn successor(&self, held: &Arc<Held>) -> Result<Option<Recording>> {
         let holds = self.0.lock();
-        holds.iter().find(|(other, _)| Arc::ptr_eq(other, held)).and_then(|(_, successor)| successor.clone())
+        let found = holds.iter().find(|(other, _)| Arc::ptr_eq(other, held)).map(|(_, successor)| successor.clone());
+        found.ok_or_else(|| {
+            let what = format!("bitmap '{}' of disk '{}'", held.name.escape_debug(), held.disk);
+            Error::new(errno::ESTALE, what, "the hold went when the disk was closed")
+        })
     }
 
     /// EBUSY while there is a hold.
@@ -148,7 +153,7 @@ impl Fleece {
     }
 
     /// Ends holds, all at once or none; what it changed survives a kill and a power loss. Of a hold that is over,
-    /// nothing happens. EINVAL for bits of another disk's size.
+    /// nothing happens. EINVAL for bits of another disk's size, ESTALE where the disk was closed meanwhile.
     ///
     /// After an error the holds go on: they may be ended again, where a bitmap may then have bits of the end that failed
     /// besides; or reclaimed, or dropped, which is the same, and exact.
@@ -189,9 +194,10 @@ fn end_one(disk: &Arc<Disk>, held: &Arc<Held>, end: &HoldEnd, lists: &mut Lists)
         }
         HoldEnd::ReclaimWith(bits) => Some(bits),
     };
+    let successor = disk.holds.successor(held)?;
     let granularity = held.frozen.granularity();
     let persistent = lists.edit(disk).iter().any(|user| user.name == held.name && user.persistent);
-    let entry = match disk.holds.successor(held) {
+    let entry = match successor {
         Some(successor) => {
             extra.iter().for_each(|extra| successor.bitmap.merge_from(extra));
             lists.record(disk, &successor, persistent)?

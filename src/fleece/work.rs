@@ -17,7 +17,7 @@ use super::disk::Disk;
 use super::hold::Held;
 use super::plan::{Origin, Plan, Slot, Step};
 use super::tracking::{Recording, Tracking, recording_entry};
-use crate::bitmap::{BitmapEntry, CheckpointState, DirtyBitmap, UserBitmap, UserBitmapState};
+use crate::bitmap::{BitmapEntry, CheckpointState, Directory, DirtyBitmap, UserBitmap, UserBitmapState};
 use crate::error::Result;
 use crate::storage::clock::now_ns;
 use std::sync::Arc;
@@ -33,7 +33,8 @@ pub(super) struct Lists {
 
 struct ListChange {
     disk: Arc<Disk>,
-    old: Vec<UserBitmap>,
+    /// Holding it keeps the areas that it names, should it have to be brought back.
+    old: Arc<Directory>,
     new: Vec<UserBitmap>,
 }
 
@@ -43,7 +44,7 @@ impl Lists {
     }
 
     pub(super) fn old(&self, disk: &Arc<Disk>) -> Option<&Vec<UserBitmap>> {
-        self.of(disk).map(|change| &change.old)
+        self.of(disk).map(|change| &change.old.bitmaps)
     }
 
     pub(super) fn new_of(&self, disk: &Arc<Disk>) -> Option<&Vec<UserBitmap>> {
@@ -51,7 +52,7 @@ impl Lists {
     }
 
     pub(super) fn all_old(&self) -> impl Iterator<Item = (&Arc<Disk>, &Vec<UserBitmap>)> {
-        self.changes.iter().map(|change| (&change.disk, &change.old))
+        self.changes.iter().map(|change| (&change.disk, &change.old.bitmaps))
     }
 
     fn of(&self, disk: &Arc<Disk>) -> Option<&ListChange> {
@@ -61,8 +62,8 @@ impl Lists {
     /// The list of a disk, to be changed.
     pub(super) fn edit(&mut self, disk: &Arc<Disk>) -> &mut Vec<UserBitmap> {
         let index = self.changes.iter().position(|change| Arc::ptr_eq(&change.disk, disk)).unwrap_or_else(|| {
-            let old = disk.tracking.directory().bitmaps.clone();
-            self.changes.push(ListChange { disk: disk.clone(), new: old.clone(), old });
+            let old = disk.tracking.directory();
+            self.changes.push(ListChange { disk: disk.clone(), new: old.bitmaps.clone(), old });
             self.changes.len() - 1
         });
         &mut self.changes[index].new
@@ -208,8 +209,8 @@ impl Work {
             }
         }
         for (slot, bits) in self.plan.slots.iter().zip(&mut self.bits) {
-            // What does not record any more must not change after the instant.
-            if slot.changed && !slot.recording && !slot.removed && bits.value.is_none() {
+            // A new bitmap begins with what the old one has now.
+            if slot.changed && !slot.removed && bits.value.is_none() {
                 bits.value = Some(bits.copy(slot)?);
             }
         }

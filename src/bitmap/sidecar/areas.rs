@@ -5,7 +5,7 @@
 
 use super::directory::Directory;
 use super::layout::{AREA_MAX_BYTES, AREAS_END, AREAS_START, PAGE};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 /// A piece of the sidecar for the bits of one bitmap.
@@ -75,6 +75,18 @@ impl Areas {
     /// Whether `area` is in use: handed out or named by the directory.
     pub(super) fn in_use(&self, area: &Area) -> bool {
         self.taken.get(&area.offset) == Some(&area.len) && !self.leaving.contains(area)
+    }
+
+    /// Whether a directory may name `area`: it is in use, or an earlier directory that is still held names it, so that
+    /// it has kept its content.
+    pub(super) fn may_be_named(&self, area: &Area) -> bool {
+        let held = |past: &Weak<Directory>| past.upgrade().is_some_and(|old| old.areas().any(|named| named == *area));
+        self.in_use(area) || (self.leaving.contains(area) && self.past.iter().any(held))
+    }
+
+    /// These are named by the directory that counts: none of them leaves any more.
+    pub(super) fn stay(&mut self, named: &BTreeSet<Area>) {
+        self.leaving.retain(|area| !named.contains(area));
     }
 
     /// The free places below `end`.

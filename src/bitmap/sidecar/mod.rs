@@ -165,7 +165,7 @@ impl Sidecar {
     }
 
     /// Changes the directory: durable, then visible to [`Sidecar::directory`], then done. One at a time; `change` must
-    /// not call the sidecar.
+    /// not call the sidecar. Who holds an earlier directory may name its areas again.
     ///
     /// An error, also one of `change`, leaves the visible directory as it was. Where the writing failed and could not
     /// be undone, a crash may still find the new one: until that is undone no area is reused, and commits and
@@ -180,6 +180,7 @@ impl Sidecar {
         let new_areas = self.check_change(&writer, &old, &new)?;
         writer.medium.settle_areas(|offset| new_areas.iter().any(|area| area.offset == offset))?;
         writer.replace_directory(&new, &old)?;
+        writer.areas.stay(&new_areas);
         let unnamed: BTreeSet<Area> = old.areas().filter(|area| !new_areas.contains(area)).collect();
         unnamed.iter().for_each(|area| writer.medium.forget(area));
         writer.areas.leave(&old, unnamed.into_iter().collect());
@@ -250,7 +251,7 @@ impl Sidecar {
             return refuse(fault);
         }
         let areas: BTreeSet<Area> = new.areas().collect();
-        match areas.iter().find(|area| !writer.areas.in_use(area)) {
+        match areas.iter().find(|area| !writer.areas.may_be_named(area)) {
             Some(area) => refuse(&format!("nobody was given an area at {} of {} bytes", area.offset, area.len)),
             None => Ok(areas),
         }

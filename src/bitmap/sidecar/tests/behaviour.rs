@@ -249,15 +249,42 @@ fn an_area_is_freed_when_its_last_reader_is_gone() {
         Ok(())
     };
     sidecar.commit(remove).unwrap();
-    assert!(sidecar.commit(add).is_err(), "what left does not come back");
     let other = sidecar.allocate(PAGE).unwrap();
     assert_ne!(other, area);
     let named = reader.areas().next().unwrap();
     assert_eq!(set_of(&sidecar.read_bits(&named, 10, Some(crc)).unwrap()), [1, 2]);
     drop(reader);
+    assert!(sidecar.commit(add).is_err(), "what left does not come back where nobody held it");
     assert_eq!(sidecar.allocate(PAGE).unwrap(), area);
     assert_eq!(sidecar.read_bits(&area, 10, None).unwrap().count(), 0);
     assert!(disk.cache().allocated_bytes() <= base + 2 * PAGE);
+}
+
+#[test]
+fn who_holds_a_directory_can_bring_its_areas_back() {
+    let (disk, sidecar) = fresh();
+    let area = sidecar.allocate(PAGE).unwrap();
+    let crc = sidecar.write_bits(&area, &bits(&area, &[5])).unwrap();
+    let named = |directory: &mut Directory| -> Result<()> {
+        directory.bitmaps = vec![user(entry(1, area, Some(crc)))];
+        Ok(())
+    };
+    let unnamed = |directory: &mut Directory| -> Result<()> {
+        directory.bitmaps.clear();
+        Ok(())
+    };
+    sidecar.commit(named).unwrap();
+    let held = sidecar.directory();
+    sidecar.commit(unnamed).unwrap();
+    assert_ne!(sidecar.allocate(PAGE).unwrap(), area);
+    sidecar.commit(named).unwrap();
+    drop(held);
+    sidecar.commit(rename("x")).unwrap();
+    assert_ne!(sidecar.allocate(PAGE).unwrap(), area, "it is named again");
+    let now = reopened(&disk);
+    assert_eq!(set_of(&now.read_bits(&area, PAGE * 8, Some(crc)).unwrap()), [5]);
+    sidecar.commit(unnamed).unwrap();
+    assert_eq!(sidecar.commit(named).unwrap_err().errno(), errno::EINVAL, "nobody held it");
 }
 
 #[test]

@@ -6,6 +6,8 @@
 
 #![cfg(feature = "shuttle")]
 
+#[path = "shuttle/bitmaps.rs"]
+mod bitmaps;
 #[path = "shuttle/rig.rs"]
 mod rig;
 

@@ -1,13 +1,19 @@
 //! Batches and the ends of holds cut at every change of the state, by a kill or by state that fails, while the guest
 //! writes: each disk has all of the batch or nothing of it, exactly, and after a kill all disks the same.
 
+use crate::blank;
 use crate::medium::{Cut, CutDir, Killed, Mode};
 use crate::rig::*;
 use crate::steps::*;
 use fleecefs::bitmap::DirtyBitmap;
-use fleecefs::fleece::{Action, Fleece, HoldEnd};
+use fleecefs::fleece::{Action, Fleece, HoldEnd, Place};
+use fleecefs::storage::Dir;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
+
+/// Granules of a disk, and its size in bytes: as much as an image of `blank` can have.
+const GRANULES: u64 = 32;
+const SIZE: u64 = GRANULES * GRANULE;
 
 /// What is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +24,8 @@ enum What {
     Both,
     /// With a snapshot.
     Snapshot,
+    /// On one disk in a qcow2 image, which is cut too; nobody writes meanwhile.
+    Qcow2,
     /// Holds on two disks end: the bitmaps are clear since the holds began.
     Abdicate,
     /// They have granule 0 and what was written since.
@@ -30,7 +38,11 @@ struct Rig {
     host: Host,
     cut: Arc<Cut>,
     disks: &'static [&'static str],
+    qcow2: bool,
 }
+
+/// Name of a qcow2 image beside its state.
+const IMAGE: &str = "image.qcow2";
 
 impl Rig {
     fn mount(&self) -> Arc<Fleece> {
@@ -38,6 +50,13 @@ impl Rig {
         for name in self.disks {
             let files = &self.host.files[name];
             let state = CutDir { inner: Arc::new(files.state.clone()), cut: self.cut.clone() };
+            if self.qcow2 {
+                let image = blank::open(state.open(IMAGE).unwrap()).unwrap();
+                let place =
+                    Place { state: Arc::new(state), stores: Arc::new(files.stores.clone()), shm: None, lock: None };
+                fleece.attach(name, image, place).unwrap();
+                continue;
+            }
             let (image, stores) = (files.image.shared(), Arc::new(files.stores.clone()));
             attach_over(&fleece, name, image, Arc::new(state), stores, false).unwrap();
         }
@@ -64,6 +83,8 @@ fn batch(disks: &[&str]) -> Vec<Action> {
         [
             add(&name("new")),
             merge(&name("m"), &[&name("x")]),
+            merge(&name("e"), &[&name("x")]),
+            enable(&name("e")),
             clear(&name("x")),
             disable(&name("z")),
             remove(&name("gone")),
@@ -93,12 +114,12 @@ fn happened(fleece: &Fleece, what: What, disk: &str) -> bool {
     if !there.contains(&"new".to_owned()) {
         let all = hash("all");
         assert_eq!([hash("x"), hash("z"), hash("gone")], [all.clone(), all.clone(), all]);
-        assert_eq!(count(fleece, &name("m")), 0);
+        assert_eq!([count(fleece, &name("m")), count(fleece, &name("e"))], [0, 0]);
         assert!(info(fleece, &name("z")).recording);
         return false;
     }
     assert!(!there.contains(&"gone".to_owned()) && !info(fleece, &name("z")).recording);
-    assert_eq!([hash("x"), hash("m")], [hash("new"), hash("z")]);
+    assert_eq!([hash("x"), hash("m"), hash("e")], [hash("new"), hash("z"), hash("all")]);
     apply(fleece, &[transient(&name("sum")), merge(&name("sum"), &[&name("m"), &name("new")])]);
     assert_eq!(hash("sum"), hash("all"));
     apply(fleece, &[remove(&name("sum"))]);
@@ -118,14 +139,23 @@ fn killable<T>(run: impl FnOnce() -> T) -> Option<T> {
 
 /// Cuts at change `n`. False: it makes no so many.
 fn cut_at(what: What, mode: Mode, n: u64) -> bool {
-    let disks: &[&str] = if what == One { &["a"] } else { &PAIR };
-    let rig = Rig { host: Host::new(disks_of(what), 40 * GRANULE), cut: Cut::new(mode), disks };
-    let fleece = rig.mount();
+    let disks = disks_of(what);
+    let rig = Rig { host: Host::new(disks, SIZE), cut: Cut::new(mode), disks, qcow2: what == Qcow2 };
+    if rig.qcow2 {
+        blank::make(rig.host.files["a"].state.create(IMAGE).unwrap(), SIZE);
+    }
+    let mut fleece = rig.mount();
     rig.each(&fleece, |disk| {
         let name = |name| at(disk, name);
         let off = |bitmap| added(&name(bitmap), Some(GRANULE), true, true);
-        vec![add(&name("all")), add(&name("x")), add(&name("z")), add(&name("gone")), off("m"), add(&name("bit0"))]
+        let some = [add(&name("all")), add(&name("x")), add(&name("z")), add(&name("gone")), add(&name("bit0"))];
+        some.into_iter().chain([off("m"), off("e")]).collect()
     });
+    if rig.qcow2 {
+        fleece.close().unwrap();
+        drop(fleece);
+        fleece = rig.mount();
+    }
     rig.touch(&fleece, &[0]);
     rig.each(&fleece, |disk| vec![disable(&at(disk, "bit0"))]);
     rig.touch(&fleece, &[1]);
@@ -137,12 +167,14 @@ fn cut_at(what: What, mode: Mode, n: u64) -> bool {
     }
     let guest = fleece.clone();
     let touched = disks.to_vec();
-    rig.cut.meanwhile(Some(Box::new(move |number| {
-        touched.iter().for_each(|disk| touch(&guest, disk, &[3 + number % 35]));
-    })));
+    if !rig.qcow2 {
+        rig.cut.meanwhile(Some(Box::new(move |number| {
+            touched.iter().for_each(|disk| touch(&guest, disk, &[3 + number % (GRANULES - 5)]));
+        })));
+    }
     rig.cut.arm(n);
     let done = killable(|| match what {
-        One | Both => fleece.apply(&batch(disks)).map(drop).map_err(|e| e.text),
+        One | Both | Qcow2 => fleece.apply(&batch(disks)).map(drop).map_err(|e| e.text),
         Snapshot => {
             let mut steps = batch(disks);
             steps.insert(2, snapshot("s"));
@@ -154,7 +186,7 @@ fn cut_at(what: What, mode: Mode, n: u64) -> bool {
         }
         With => {
             let bits = || {
-                let bits = DirtyBitmap::heap(GRANULE, 40 * GRANULE).unwrap();
+                let bits = DirtyBitmap::heap(GRANULE, SIZE).unwrap();
                 bits.mark(0, 1);
                 bits
             };
@@ -170,7 +202,7 @@ fn cut_at(what: What, mode: Mode, n: u64) -> bool {
     if let Some(done) = &done {
         // What comes after the commit is clearing up, and may fail.
         assert!(done.is_ok() || struck, "{done:?}");
-        rig.touch(&fleece, &[38]);
+        rig.touch(&fleece, &[GRANULES - 2]);
         if done.is_err() && mode == Mode::FailOnce {
             // What failed can be tried, and nothing of it is seen; held bitmaps go on being held.
             drop(std::mem::take(&mut holds));
@@ -192,7 +224,7 @@ fn cut_at(what: What, mode: Mode, n: u64) -> bool {
     if mode == Mode::Kill {
         assert!(all.iter().all(|happened| *happened == all[0]), "disks disagree: {all:?}");
     }
-    rig.touch(&fleece, &[39]);
+    rig.touch(&fleece, &[GRANULES - 1]);
     let again: Vec<bool> = disks.iter().map(|disk| happened(&fleece, what, disk)).collect();
     assert_eq!(again, all);
     let before = state(&fleece);
@@ -204,11 +236,13 @@ fn cut_at(what: What, mode: Mode, n: u64) -> bool {
 }
 
 fn disks_of(what: What) -> &'static [&'static str] {
-    if what == One { &["a"] } else { &PAIR }
+    if matches!(what, One | Qcow2) { &["a"] } else { &PAIR }
 }
 
 fn cut_everywhere(mode: Mode) {
-    for what in [One, Both, Snapshot, Abdicate, With] {
+    // On a medium that is gone for good the guest cannot write to its image either.
+    let for_good = matches!(mode, Mode::Fail | Mode::FailMade);
+    for what in [One, Qcow2, Both, Snapshot, Abdicate, With].into_iter().filter(|what| !for_good || *what != Qcow2) {
         let mut n = 1;
         loop {
             match catch_unwind(|| cut_at(what, mode, n)) {

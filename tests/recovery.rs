@@ -7,6 +7,8 @@
 #[path = "core/rig.rs"]
 mod rig;
 
+#[path = "recovery/bitmaps.rs"]
+mod bitmaps;
 #[path = "kill/blank.rs"]
 mod blank;
 #[path = "recovery/damage.rs"]
@@ -25,3 +27,5 @@ mod medium;
 mod power;
 #[path = "recovery/qcow2.rs"]
 mod qcow2;
+#[path = "bitmaps/steps.rs"]
+mod steps;

@@ -1,5 +1,7 @@
 //! Short names for the steps of batches, and what bitmaps have.
 
+#![allow(dead_code, reason = "each test program uses its own part of it")]
+
 use crate::blank;
 use crate::rig::*;
 use fleecefs::bitmap::DirtyBitmap;

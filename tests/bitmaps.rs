@@ -19,7 +19,10 @@ mod medium;
 mod model;
 #[path = "bitmaps/persistence.rs"]
 mod persistence;
+#[path = "bitmaps/qemu.rs"]
+mod qemu;
 #[path = "bitmaps/rules.rs"]
 mod rules;
 #[path = "bitmaps/steps.rs"]
 mod steps;
+mod tools;

@@ -206,11 +206,11 @@ impl Plan {
         if !granularity.is_power_of_two() || !GRANULARITY_RANGE.contains(&granularity) {
             return Err(Refused::new(errno::EINVAL, "Granularity must be power of 2 and at least 512"));
         }
-        if persistent {
-            self.check_storable(&disk, name, granularity)?;
-        }
         if self.slot_of(fleece, bitmap)?.is_some() {
             return Err(Refused::new(errno::EEXIST, format!("Bitmap already exists: {name}")));
+        }
+        if persistent {
+            self.check_storable(&disk, name, granularity)?;
         }
         if name.len() > NAME_MAX_BYTES {
             return Err(Refused::new(errno::ENAMETOOLONG, format!("Bitmap name too long: {name}")));

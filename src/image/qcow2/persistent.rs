@@ -152,11 +152,11 @@ impl StoredBitmaps for Qcow2Image {
         if self.header.version < 3 {
             return Err("Cannot store dirty bitmaps in qcow2 v2 files".to_owned());
         }
-        if name.len() > NAME_MAX_BYTES {
-            return Err(format!("Name length exceeds maximum ({NAME_MAX_BYTES} characters)"));
-        }
         if self.size().div_ceil(granularity).div_ceil(8) > BITS_MAX_BYTES {
             return Err("Too much space will be occupied by the bitmap. Use larger granularity".to_owned());
+        }
+        if name.len() > NAME_MAX_BYTES {
+            return Err(format!("Name length exceeds maximum ({NAME_MAX_BYTES} characters)"));
         }
         if others.len() >= COUNT_MAX as usize {
             return Err("Maximum number of persistent bitmaps is already reached".to_owned());

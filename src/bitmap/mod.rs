@@ -12,7 +12,9 @@ mod summary;
 
 pub use bits::Bits;
 pub use dirty::DirtyBitmap;
+pub use sidecar::layout::INTENT_REGIONS;
 pub use sidecar::{
-    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Loss, Prepared,
-    PreparedAction, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState, region_size_for,
+    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, HEARTBEAT_NS, InImage, LayerEntry,
+    Loss, Prepared, PreparedAction, RegionBits, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState,
+    region_size_for,
 };

@@ -11,6 +11,11 @@ pub fn now_coarse_ns() -> i64 {
     read(libc::CLOCK_REALTIME_COARSE)
 }
 
+/// When the host started, by the clock of now: a time of a file that is later is of this boot.
+pub fn boot_ns() -> i64 {
+    read(libc::CLOCK_REALTIME).saturating_sub(read(libc::CLOCK_BOOTTIME))
+}
+
 /// Time stands still where every schedule must be repeatable: what a thread does may not depend on the clock.
 #[cfg(any(feature = "shuttle", loom))]
 fn read(_clock: libc::clockid_t) -> i64 {

@@ -8,7 +8,7 @@
 //! A plain disk in the place of tmpfs would bring write-back stalls and content of unknown age, so the type of the
 //! file system is asked for, whatever the directory is called.
 
-use super::process;
+use super::{clock, process};
 use crate::error::{Error, Result, errno};
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
@@ -130,6 +130,8 @@ pub trait ShmRoot: Send + Sync + Debug {
     fn find(&self, id: &str) -> Result<Option<Box<dyn Shm>>>;
     /// A text that is another one after every power loss or reboot.
     fn boot_id(&self) -> String;
+    /// When that was, in nanoseconds since the epoch, by the clock of now.
+    fn boot_ns(&self) -> i64;
 }
 
 /// The namespaces of this machine.
@@ -149,6 +151,10 @@ impl ShmRoot for OsShmRoot {
         // Without /proc no boot can be told from another: an id that is never equal to a stored one is the safe answer.
         fs::read_to_string("/proc/sys/kernel/random/boot_id")
             .map_or_else(|_| uuid::Uuid::new_v4().to_string(), |text| text.trim().to_owned())
+    }
+
+    fn boot_ns(&self) -> i64 {
+        clock::boot_ns()
     }
 }
 
@@ -363,18 +369,25 @@ pub struct HeapShmRoot(Arc<Mutex<HeapState>>);
 #[derive(Debug)]
 struct HeapState {
     boot_id: String,
+    boot_ns: i64,
     spaces: BTreeMap<String, BTreeMap<String, Words>>,
+}
+
+impl HeapState {
+    fn new(boot_id: &str, boot_ns: i64) -> Self {
+        HeapState { boot_id: boot_id.to_owned(), boot_ns, spaces: BTreeMap::new() }
+    }
 }
 
 impl HeapShmRoot {
     /// No namespaces, on the first boot.
     pub fn new() -> Self {
-        HeapShmRoot(Arc::new(Mutex::new(HeapState { boot_id: "boot-1".to_owned(), spaces: BTreeMap::new() })))
+        HeapShmRoot(Arc::new(Mutex::new(HeapState::new("boot-1", i64::MIN))))
     }
 
     /// Forgets everything; the machine then runs under `boot_id`.
     pub fn lose_power(&self, boot_id: &str) {
-        *self.0.lock() = HeapState { boot_id: boot_id.to_owned(), spaces: BTreeMap::new() };
+        *self.0.lock() = HeapState::new(boot_id, clock::now_ns());
     }
 }
 
@@ -399,6 +412,10 @@ impl ShmRoot for HeapShmRoot {
 
     fn boot_id(&self) -> String {
         self.0.lock().boot_id.clone()
+    }
+
+    fn boot_ns(&self) -> i64 {
+        self.0.lock().boot_ns
     }
 }
 

@@ -62,6 +62,9 @@ impl ShmRoot for FailingRoot {
     fn boot_id(&self) -> String {
         self.inner.boot_id()
     }
+    fn boot_ns(&self) -> i64 {
+        self.inner.boot_ns()
+    }
 }
 
 impl Shm for FailingShm {

@@ -393,6 +393,9 @@ impl ShmRoot for Album {
     fn boot_id(&self) -> String {
         "boot".to_owned()
     }
+    fn boot_ns(&self) -> i64 {
+        i64::MIN
+    }
 }
 
 /// One namespace.

@@ -15,6 +15,7 @@ use crate::bitmap::bits::Bits;
 use crate::error::{Error, Result, errno};
 use crate::storage::Storage;
 use crate::storage::buffer::is_zero;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 const BUFFER_BYTES: u64 = 64 << 10;
@@ -48,6 +49,24 @@ pub(super) fn write(file: &dyn Storage, area: &Area, bits: &Bits) -> Result<u32>
     }
     punch(file, hole, area.end())?;
     Ok(crc)
+}
+
+/// Writes the pages of `area` that hold the bits `ranges`, with all that `bits` have in them. Pages without a set bit
+/// are left out: bits only come, so the area has none there either.
+pub(super) fn write_pages(file: &dyn Storage, area: &Area, bits: &Bits, ranges: &[Range<u64>]) -> Result<()> {
+    const PAGE_BITS: u64 = PAGE * 8;
+    let touched = ranges.iter().filter(|range| !range.is_empty());
+    let pages: BTreeSet<u64> =
+        touched.flat_map(|range| range.start / PAGE_BITS..range.end.div_ceil(PAGE_BITS)).collect();
+    let mut buffer = vec![0; PAGE as usize];
+    for page in pages {
+        let first = (page * PAGE_BITS / 64) as usize;
+        fill(&mut buffer, bits.words_from(first));
+        if !is_zero(&buffer) && (page + 1) * PAGE <= area.len {
+            file.write_at(&buffer, area.offset + page * PAGE)?;
+        }
+    }
+    Ok(())
 }
 
 /// The first `nbits` bits of `area`; EIO where the area does not have the checksum `crc`.

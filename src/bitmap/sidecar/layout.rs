@@ -42,7 +42,8 @@
 //!
 //! # Intent page
 //! 32768 bits, bit `i % 8` of byte `i / 8` for region `i`, that is for the bytes `i * region size` and following of the
-//! disk. Set: the region's image bytes and fine bits may not be durable. This version arms nothing: the page is zero.
+//! disk. Set: the region's image bytes and fine bits may not be durable. Under a CLEAN superblock the page means nothing.
+//! It has no checksum: each bit is believed by itself.
 //!
 //! # Directory slot
 //! ```text
@@ -57,7 +58,8 @@
 //!
 //! # Areas
 //! An area holds the bits of one bitmap: bit `i % 8` of byte `i / 8` for granule `i`, zeros behind the last granule up
-//! to the area's end. The directory names the areas in use; whatever lies outside of them is free and means nothing.
+//! to the area's end. Without a checksum in the directory the bitmap records: its bits are those of the area and of all
+//! regions whose intent is set. The directory names the areas in use; whatever lies outside of them is free and means nothing.
 
 /// Unit of everything in the file, in bytes.
 pub const PAGE: u64 = 4096;

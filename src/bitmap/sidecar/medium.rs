@@ -59,6 +59,12 @@ impl Medium {
         }
     }
 
+    /// Whether the content of `area` on disk is unknown.
+    #[cfg(all(test, not(feature = "shuttle")))]
+    pub(super) fn is_lost(&self, area: &Area) -> bool {
+        self.lost.contains(&area.offset)
+    }
+
     /// Nobody will ask for the content of `area` any more.
     pub(super) fn forget(&mut self, area: &Area) {
         self.unsynced.remove(&area.offset);

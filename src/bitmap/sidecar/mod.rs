@@ -1,17 +1,18 @@
 //! The sidecar `dirty.log`: the crash-safe file beside an image, in which all that is known about its changes survives.
 //!
-//! It holds a [`Superblock`] (was the last session ended in good order), a [`Directory`] (checkpoints, bitmaps,
-//! consumers, layers) and the bits of bitmaps in [`Area`]s; [`layout`] has every byte.
+//! It holds a [`Superblock`] (was the last session ended in good order), the intent page (see `intent.rs`), a
+//! [`Directory`] (checkpoints, bitmaps, consumers, layers) and the bits of bitmaps in [`Area`]s; [`layout`] has every byte.
 //!
 //! Invariants:
 //! - **Old or new.** Superblock and directory are replaced in one of two slots each and count once they are synced: a
 //!   crash at any moment leaves the old or the new one, never neither (see `slots.rs`, also for what holds after an
 //!   error).
 //! - **Bits before names.** Areas that were written are durable before a directory or superblock that may speak for
-//!   them is written; where a failed sync may have lost them, that fails (see `medium.rs`).
+//!   them is written; where a failed sync may have lost them, that fails (see `medium.rs`). Nothing is said for a bitmap
+//!   that records on but what [`Sidecar::save_regions`] made durable.
 //! - **An area is free** once no directory names it that counts, that may count after a power loss, or that somebody
 //!   still holds. So who holds the `Arc` that [`Sidecar::directory`] returned may read the areas it names.
-//! - **One writer.** Whatever changes the file does so under one lock, held across the I/O (rank 4 of [`crate::sync`]).
+//! - **One writer.** Whatever changes the file does so under one lock, held across the I/O (rank 5 of [`crate::sync`]).
 //!   Looking at the superblock or the directory takes no lock.
 //! - **Believe nothing.** The file may hold anything: checksums first, then limits, before anything is allocated.
 //!
@@ -22,6 +23,7 @@ pub mod areas;
 mod content;
 mod crc;
 pub mod directory;
+mod intent;
 pub mod layout;
 mod medium;
 mod slots;
@@ -34,13 +36,15 @@ pub use directory::{
     BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Loss, Prepared,
     PreparedAction, SnapshotEntry, UserBitmap, UserBitmapState,
 };
-pub use superblock::{State, Superblock, region_size_for};
+pub use intent::RegionBits;
+pub use superblock::{HEARTBEAT_NS, State, Superblock, region_size_for};
 
 use crate::bitmap::bits::Bits;
 use crate::error::{Error, Result, errno};
 use crate::storage::SharedStorage;
 use crate::sync::{Mutex, Published};
 use areas::Areas;
+use intent::Intents;
 use layout::{DIRECTORY_SLOTS, SUPERBLOCK_SLOTS};
 use medium::Medium;
 use slots::Slots;
@@ -66,6 +70,7 @@ struct Writer {
     superblocks: Slots,
     directories: Slots,
     areas: Areas,
+    intents: Intents,
 }
 
 impl Sidecar {
@@ -94,6 +99,7 @@ impl Sidecar {
             superblocks: Slots::fresh(SUPERBLOCK_SLOTS),
             directories: Slots::fresh(DIRECTORY_SLOTS),
             areas: Areas::default(),
+            intents: Intents::none(),
         };
         writer.replace_directory(&directory, &directory)?;
         writer.replace_superblock(&superblock, &superblock)?;
@@ -124,7 +130,8 @@ impl Sidecar {
         superblock.check(directory.size).map_err(told)?;
         directory.drop_faulty_areas();
         let areas = Areas::named_by(&directory);
-        let writer = Writer { medium: Medium::new(file.clone()), superblocks, directories, areas };
+        let intents = Intents::read(file.as_ref())?;
+        let writer = Writer { medium: Medium::new(file.clone()), superblocks, directories, areas, intents };
         Ok(Sidecar::over(file, superblock, directory, writer))
     }
 
@@ -145,7 +152,14 @@ impl Sidecar {
     /// Replaces the superblock; durable when it returns, and with it all areas written before. The intent page is left
     /// as it is. An error leaves the visible one as it was, as with [`Sidecar::commit`].
     pub fn set_superblock(&self, superblock: Superblock) -> Result<()> {
+        self.update_superblock(|old| *old = superblock)
+    }
+
+    /// [`Sidecar::set_superblock`] with a changed copy of the one that counts.
+    pub fn update_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         let mut writer = self.writer.lock();
+        let mut superblock = self.superblock();
+        change(&mut superblock);
         let directory = self.directory.load();
         if superblock.disk != directory.disk {
             return Err(invalid("a dirty log belongs to one disk for life").at_path(self.file.path()));
@@ -178,7 +192,12 @@ impl Sidecar {
         let mut new = old.as_ref().clone();
         let result = change(&mut new)?;
         let new_areas = self.check_change(&writer, &old, &new)?;
-        writer.medium.settle_areas(|offset| new_areas.iter().any(|area| area.offset == offset))?;
+        let claimed: BTreeSet<u64> = {
+            let growing = growing_areas(&old);
+            let still = growing_areas(&new).into_iter().filter(|area| growing.contains(area)).collect::<BTreeSet<_>>();
+            new_areas.difference(&still).map(|area| area.offset).collect()
+        };
+        writer.medium.settle_areas(|offset| claimed.contains(&offset))?;
         writer.replace_directory(&new, &old)?;
         writer.areas.stay(&new_areas);
         let unnamed: BTreeSet<Area> = old.areas().filter(|area| !new_areas.contains(area)).collect();
@@ -315,6 +334,12 @@ impl Writer {
             self.areas.reclaim().iter().for_each(|area| self.medium.punch(area));
         }
     }
+}
+
+/// The areas of bitmaps that record. Nothing is claimed of one but what was synced by itself: bits only come, and the
+/// regions of those that are not durable are armed.
+fn growing_areas(directory: &Directory) -> BTreeSet<Area> {
+    directory.all_bitmaps().filter(|entry| entry.crc.is_none()).filter_map(|entry| entry.area).collect()
 }
 
 fn invalid(why: &str) -> Error {

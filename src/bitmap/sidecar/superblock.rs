@@ -9,6 +9,9 @@ use crate::error::{Error, Result, errno};
 use crate::storage::{Stamp, Storage};
 use uuid::Uuid;
 
+/// How old the heartbeat may be while the image is written to, in nanoseconds: it is renewed twice as often.
+pub const HEARTBEAT_NS: i64 = 10_000_000_000;
+
 const CRC_AT: usize = PAGE as usize - 4;
 const STATE_CLEAN: u32 = 0;
 const STATE_OPEN: u32 = 1;

@@ -113,10 +113,15 @@ impl History {
         }
     }
 
-    /// A success that speaks for all bits written before.
+    /// A success that speaks for all bits written before; a commit's does not for bitmaps that record on, where a failed
+    /// sync may have lost some.
     fn bits_are_durable(&mut self) {
-        for content in self.content.values_mut().filter(|content| content.ours) {
-            content.low = content.high.clone();
+        let writer = self.sidecar.writer.lock();
+        for bitmap in self.directory.all_bitmaps() {
+            let lost = bitmap.crc.is_none() && bitmap.area.is_some_and(|area| writer.medium.is_lost(&area));
+            if let Some(content) = self.content.get_mut(&bitmap.uuid).filter(|content| content.ours && !lost) {
+                content.low = content.high.clone();
+            }
         }
     }
 

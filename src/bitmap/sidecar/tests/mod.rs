@@ -3,9 +3,11 @@
 mod behaviour;
 mod crash;
 mod fake;
+mod intent;
 mod malformed;
 
 use super::*;
+use crate::storage::Stamp;
 use fake::Disk;
 
 const PAGE: u64 = layout::PAGE;

@@ -3,10 +3,11 @@
 //!
 //! Lock ranks, taken in this order only (a lock is never waited for while one further down is held):
 //! 1. control (one snapshot, checkpoint or consumer operation at a time)
-//! 2. a disk's `reaping` (folding and closing)
+//! 2. a disk's `reaping` (folding and closing), then its `disarming` (a round of disarming, resize, close)
 //! 3. gates of disks, in name order
 //! 4. a disk's stripes, in index order
-//! 5. chain edit, noting a loss (`fleece::lost`), sidecar directory
+//! 5. chain edit, noting a loss (`fleece::lost`); `arming` of a disk's regions, which nobody waits for in a pin of a
+//!    region, and writers do not in a gate or stripe; then the sidecar's writer
 //! 6. everything else (leaf locks, held for a few instructions and never across I/O)
 
 #[cfg(not(any(feature = "shuttle", loom)))]

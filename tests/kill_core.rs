@@ -40,6 +40,9 @@ enum Step {
     Delete(&'static str),
     Release(&'static str, usize),
     Reap,
+    /// Every region is disarmed. What comes next is a write, which arms one: a write in the middle of anything else must
+    /// not wait for the sidecar.
+    Disarm,
 }
 
 /// Two generations under an old view: a middle layer is hidden and folded, a checkpoint that records is merged away.
@@ -59,6 +62,7 @@ const SCRIPT: &[Step] = &[
     Step::Write(4, 7),
     Step::Complete("middle"),
     Step::Reap,
+    Step::Disarm,
     Step::Write(2, 8),
     Step::Delete("middle"),
     Step::Cancel("new"),
@@ -68,7 +72,9 @@ const SCRIPT: &[Step] = &[
     Step::Write(4, 10),
     Step::Complete("old"),
     Step::Reap,
+    Step::Disarm,
     Step::Write(0, 11),
+    Step::Disarm,
 ];
 
 /// What the guest writes at the moment of the kill in the second pass.
@@ -102,7 +108,7 @@ impl Expected {
                 take(&mut self.points, name);
             }
             Step::Release(name, granule) => self.released.push((name, granule)),
-            Step::Write(..) | Step::Zero(_) | Step::Discard(_) | Step::Reap => (),
+            Step::Write(..) | Step::Zero(_) | Step::Discard(_) | Step::Reap | Step::Disarm => (),
         }
     }
 
@@ -154,6 +160,7 @@ fn perform(fleece: &Fleece, step: Step) {
             DISKS.iter().for_each(|disk| fleece.release(name, disk, at(granule), PAGE as u64).unwrap());
         }
         Step::Reap => fleece.reap(),
+        Step::Disarm => (0..2).for_each(|_| fleece.disarm_idle()),
     }
 }
 

@@ -27,5 +27,7 @@ mod medium;
 mod power;
 #[path = "recovery/qcow2.rs"]
 mod qcow2;
+#[path = "recovery/regions.rs"]
+mod regions;
 #[path = "bitmaps/steps.rs"]
 mod steps;

@@ -8,6 +8,8 @@
 
 #[path = "shuttle/bitmaps.rs"]
 mod bitmaps;
+#[path = "shuttle/power.rs"]
+mod power;
 #[path = "shuttle/rig.rs"]
 mod rig;
 

@@ -54,6 +54,7 @@ impl Fleece {
         for disk in &disks {
             disk.check_freezable()?;
             disk.check_foreign()?;
+            disk.begin_again()?;
         }
         let taking = self.once_gone(errno::ENOSPC, || Taking::prepare_all(&disks, request, uuid, time_ns))?;
         Ok(NewSnapshot { name: request.name.clone(), uuid, time_ns, taking })

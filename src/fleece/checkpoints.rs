@@ -164,11 +164,16 @@ fn merge_recording(disk: &Disk, older: &CheckpointEntry, newer: &CheckpointEntry
     // From here on every write is in `fresh`; what came before is added. The sum may be read at any time after.
     let sum = tracking.merged(older, newer, size)?;
     fresh.bitmap.merge_from(&sum.bitmap);
+    let saved =
+        fresh.area.as_ref().map_or(Ok(()), |area| tracking.sidecar.write_bits(area, fresh.bitmap.bits()).map(drop));
     let entry = BitmapEntry { everything: sum.everything, ..recording_entry(&fresh) };
-    remove(disk, newer, Some((older.uuid, entry, CheckpointState::Recording))).inspect_err(|_| {
+    // The commit makes the bits durable. A round of disarming passes over until then: `fresh` is not named yet.
+    let done = saved.and_then(|()| remove(disk, newer, Some((older.uuid, entry, CheckpointState::Recording))));
+    done.inspect_err(|_| {
         let mut list = (*tracking.recording()).clone();
         list.retain(|recording| recording.uuid != fresh.uuid);
         tracking.switch(list);
+        tracking.give_back(&fresh);
     })
 }
 
@@ -177,7 +182,7 @@ fn merge_sealed(disk: &Disk, older: &CheckpointEntry, newer: &CheckpointEntry) -
     let size = newer.bitmap.size;
     let sum = tracking.merged(older, newer, size)?;
     let bitmap = Arc::new(sum.bitmap);
-    let sealed = tracking.seal(&Recording { uuid: Uuid::new_v4(), bitmap }, sum.everything)?;
+    let sealed = tracking.seal(&Recording { uuid: Uuid::new_v4(), bitmap, area: None }, sum.everything)?;
     let merged = Some((older.uuid, sealed.clone(), CheckpointState::Sealed));
     remove(disk, newer, merged).inspect_err(|_| tracking.abandon(&sealed))
 }

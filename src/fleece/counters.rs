@@ -63,6 +63,9 @@ counters! {
     tracking_errors: "Changes that could not be recorded",
     layers_folded: "Layers of dropped snapshots folded into older ones",
     snapshots_taken: "Snapshots taken",
+    intent_syncs: "Times that writers waited for regions to be armed",
+    regions_armed: "Regions armed: marked durably before they are written to",
+    regions_disarmed: "Regions disarmed: idle, all in them durable",
     freeze_ns: "Nanoseconds that guest writes were held for snapshots",
 }
 

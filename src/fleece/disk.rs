@@ -2,13 +2,15 @@
 //!
 //! Every change of the image (write, write-zeroes, discard, resize, restore) comes through here, in this order:
 //!
-//! 1. the gate, shared; one hold covers at most 1 MiB, so that a snapshot never waits for a long discard;
-//! 2. preserve: what the range held goes to the newest layer's store, chunk by chunk, then the chunks' states, then a
+//! 1. the regions of the range are pinned, and armed where they are not (see `regions`). This may wait for a sync, so
+//!    nobody does it in a gate;
+//! 2. the gate, shared; one hold covers at most 1 MiB, so that a snapshot never waits for a long discard;
+//! 3. preserve: what the range held goes to the newest layer's store, chunk by chunk, then the chunks' states, then a
 //!    full fence (I2, I4);
-//! 3. the dirty bits (I6);
-//! 4. the image.
+//! 4. the dirty bits (I6);
+//! 5. the image.
 //!
-//! A durable intent (see `doc/design.md`, tracking) is to be armed before step 1: nobody waits for it in a gate.
+//! A discard of what is a hole already changes nothing: it is marked, but needs no region armed.
 //!
 //! Errors (I7): a failed image write is the guest's error and latches nothing; a failed flush latches until the disk
 //! is opened again, as the kernel may have dropped the pages that could not be written. A store that fails breaks the
@@ -20,6 +22,7 @@ use super::events::{Event, Events};
 use super::hold::Holds;
 use super::layer::Layer;
 use super::lost::Losses;
+use super::regions::Regions;
 use super::store::StoreIo;
 use super::stripes::Stripes;
 use super::tracking::Tracking;
@@ -59,6 +62,9 @@ pub struct Disk {
     pub(super) closed: AtomicBool,
     pub(super) tracking: Tracking,
     pub(super) holds: Holds,
+    pub(super) regions: Regions,
+    /// What the last round of disarming saw. Held for a round, and by who keeps rounds away (lock rank 2).
+    pub(super) disarming: Mutex<Vec<(u64, u64)>>,
     pub(super) state: Arc<dyn Dir>,
     pub(super) store_io: Arc<StoreIo>,
     pub(super) policy: StoreErrorPolicy,
@@ -91,6 +97,7 @@ pub(super) struct DiskParts {
     pub image: Arc<dyn Image>,
     pub chain: Chain,
     pub tracking: Tracking,
+    pub regions: Regions,
     pub state: Arc<dyn Dir>,
     pub store_io: Arc<StoreIo>,
     pub counters: Arc<Counters>,
@@ -116,6 +123,8 @@ impl Disk {
             closed: AtomicBool::new(false),
             tracking: parts.tracking,
             holds: Holds::default(),
+            regions: parts.regions,
+            disarming: Mutex::new(Vec::new()),
             state: parts.state,
             store_io: parts.store_io,
             policy: options.on_store_error,
@@ -270,6 +279,10 @@ impl Disk {
     /// Makes all completed changes durable. After a failure every later flush fails too: what was lost is not known.
     pub fn flush(&self) -> Result<()> {
         self.counters.guest_flushes.add(1);
+        self.flush_image()
+    }
+
+    pub(super) fn flush_image(&self) -> Result<()> {
         if self.flush_failure().is_some() {
             return Err(Error::new(errno::EIO, format!("flush of disk '{}'", self.name), "an earlier flush failed")
                 .at_path(self.image.path())
@@ -302,10 +315,10 @@ impl Disk {
         self.image.block_status(offset, len)
     }
 
-    /// Steps 1 to 4 of the module for at most 1 MiB. `zeroes`: the range will read as zeros, so that what reads as
+    /// All steps of the module for at most 1 MiB. `zeroes`: the range will read as zeros, so that what reads as
     /// zeros already needs no copy.
     fn mutate(&self, offset: u64, len: u64, zeroes: bool, change: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _gate = self.gate.read();
+        let (_gate, _pin) = self.enter(offset, len)?;
         self.check_open()?;
         if offset + len > self.size() {
             return Err(self.past_the_end(offset));
@@ -449,9 +462,14 @@ impl Disk {
         self.holds.check_none(&self.name)?;
         self.reap();
         self.keep_disabled()?;
+        // What grows or is cut off may come back as it was: those regions are armed, and no round disarms them meanwhile.
+        let _no_disarm = self.disarming.lock();
+        let old = self.size();
+        if !self.regions.given_up() {
+            self.regions.arm(size.min(old)..size.max(old), &self.tracking.sidecar, &self.counters)?;
+        }
         let gate = self.gate.write();
         self.tracking.note_write();
-        let old = self.size();
         if size < old && !self.chain.load().layers.is_empty() {
             return Err(Error::new(
                 errno::EBUSY,
@@ -494,11 +512,12 @@ impl Disk {
             let words = self.tracking.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
             let dirty = self.grows_dirty(recording);
             let bitmap = Arc::new(recording.bitmap.resized(size, Bits::new(words, bits), dirty)?);
-            new.push(Recording { uuid, bitmap });
+            new.push(self.tracking.with_area(Recording { uuid, bitmap, area: None })?);
         }
-        let mut superblock = self.tracking.sidecar.superblock();
-        superblock.region_size = superblock.region_size.max(crate::bitmap::region_size_for(size));
-        self.tracking.sidecar.set_superblock(superblock)?;
+        let region_size = crate::bitmap::region_size_for(size);
+        if region_size > self.regions.size() {
+            self.regions.widen(region_size, size, &self.tracking.sidecar)?;
+        }
         self.tracking.sidecar.commit(|directory| {
             directory.size = size;
             super::users::cut_disabled(directory, size);
@@ -520,8 +539,12 @@ impl Disk {
         Ok(())
     }
 
-    fn check_open(&self) -> Result<()> {
-        if self.closed.load(Ordering::SeqCst) {
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn check_open(&self) -> Result<()> {
+        if self.is_closed() {
             return Err(Error::new(errno::EIO, format!("disk '{}'", self.name), "it is no longer served"));
         }
         Ok(())

@@ -109,6 +109,7 @@ impl Fleece {
             reaper: Reaper(background.then_some(thread)),
         });
         if background {
+            super::disarm::start(&fleece);
             let weak = Arc::downgrade(&fleece);
             let started =
                 std::thread::Builder::new().name("reaper".to_owned()).spawn(move || reap_in_background(weak, wakeups));
@@ -355,6 +356,8 @@ impl Fleece {
     pub fn counters(&self) -> Vec<Counter> {
         let mut list = self.counters.list();
         list.push(Counter { name: "store_bytes", help: "Bytes in all stores now", value: self.space.used() });
+        let armed = self.disks().iter().map(|disk| disk.regions.armed()).sum();
+        list.push(Counter { name: "armed_regions", help: "Regions armed now", value: armed });
         list.push(Counter { name: "snapshots", help: "Snapshots now", value: self.snapshots.read().len() as u64 });
         list
     }

@@ -8,6 +8,8 @@
 //!   file: device and inode stand beside the clock. Asked at open, at every snapshot, before and after it, at a clean
 //!   close, and every few seconds in between.
 //! * **After a clean stop**: the stamp is compared as a whole. A ctime can't be set, so whoever wrote in between shows.
+//! * **After a power loss** the clock word is gone. The heartbeat in the superblock stands in: it is durable, and renewed
+//!   while the image is written to, so that no write of ours is later than it by more than its interval.
 //! * **A block device** has no such times. What lies on one is not believed after any stop, unless told otherwise.
 //! * **A note** on the image ([`super::lost`]) is believed before anything else.
 //!
@@ -18,8 +20,10 @@ use super::BlockDevicePolicy;
 use super::disk::Disk;
 use super::recover::SIDECAR;
 use super::tracking::{CLOCK, CLOCK_DEV, CLOCK_INO, CLOCK_LEN, CLOCK_LEN_NEXT, recording_checkpoint};
+use crate::bitmap::HEARTBEAT_NS;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
+use crate::storage::clock::now_ns;
 use crate::storage::os::identity;
 use crate::storage::{Shm, Stamp, Words};
 use crate::sync::atomic::Ordering;
@@ -92,6 +96,29 @@ pub(super) fn signs(image: &dyn Image, stamp: &Stamp, newest_write_ns: i64, size
     late.then(|| "the image was changed by another program".to_owned())
 }
 
+/// Why an image was written by somebody else before or after a power loss, judged by the last heartbeat; `boot_ns` is
+/// when the host started, if it has since.
+pub(super) fn signs_after_power_loss(
+    image: &dyn Image,
+    stamp: &Stamp,
+    heartbeat_ns: i64,
+    boot_ns: Option<i64>,
+) -> Option<String> {
+    if image.is_block_device() {
+        return None;
+    }
+    if now_ns() < heartbeat_ns {
+        return Some(
+            "the host's clock went back since the last stop, so writes of other programs are not seen".to_owned(),
+        );
+    }
+    if boot_ns.is_some_and(|boot_ns| stamp.ctime_ns >= boot_ns) {
+        return Some("the image was changed by another program since the host started".to_owned());
+    }
+    let latest = heartbeat_ns.saturating_add(HEARTBEAT_NS).saturating_add(SLACK_NS);
+    (stamp.ctime_ns > latest).then(|| "the image was changed by another program before the host stopped".to_owned())
+}
+
 impl Disk {
     /// A view of what others may change would be none.
     pub(super) fn check_freezable(&self) -> Result<()> {
@@ -121,6 +148,10 @@ impl Disk {
         // Who wrote before the newest checkpoint was made, unseen, changed something in the interval before it.
         let since_checkpoint = *self.looked.lock() == self.recording_uuid();
         self.lose(&reason, !since_checkpoint);
+        // What they wrote may not be durable.
+        if let Err(e) = self.arm_all() {
+            self.tracking_failed(&e)?;
+        }
         // What came so far is noted: the next sign is of another write.
         self.tracking.note_write();
         self.set_known_size();

@@ -169,6 +169,7 @@ impl Fleece {
         });
         if let Err(e) = ended {
             lists.abandon();
+            disks.iter().for_each(|disk| disk.stop_unnamed());
             return Err(e);
         }
         if !lists.is_empty() {
@@ -200,6 +201,7 @@ fn end_one(disk: &Arc<Disk>, held: &Arc<Held>, end: &HoldEnd, lists: &mut Lists)
     let entry = match successor {
         Some(successor) => {
             extra.iter().for_each(|extra| successor.bitmap.merge_from(extra));
+            let successor = disk.tracking.succeed(&successor)?;
             lists.record(disk, &successor, persistent)?
         }
         None => {
@@ -215,19 +217,22 @@ fn end_one(disk: &Arc<Disk>, held: &Arc<Held>, end: &HoldEnd, lists: &mut Lists)
 }
 
 impl Disk {
-    /// Lets go of the recording bitmaps that neither the directory nor a hold knows. To be called only while it is
-    /// certain what the directory in the file says, and under the control lock.
+    /// Lets go of the recording bitmaps that neither the directory nor a hold knows; a hold's has no area while no
+    /// directory names it. To be called only while it is certain what the directory in the file says, and under the
+    /// control lock.
     pub(super) fn stop_unnamed(&self) {
         let directory = self.tracking.directory();
-        let known = |recording: &Recording| {
-            directory.all_bitmaps().any(|entry| entry.uuid == recording.uuid) || self.holds.is_successor(recording)
-        };
+        let named = |recording: &Recording| directory.all_bitmaps().any(|entry| entry.uuid == recording.uuid);
+        for recording in self.tracking.recording().iter().filter(|one| !named(one) && self.holds.is_successor(one)) {
+            self.tracking.remain_successor(recording);
+        }
+        let known = |recording: &Recording| named(recording) || self.holds.is_successor(recording);
         let all = self.tracking.recording();
         let (stay, go): (Vec<_>, Vec<_>) = all.iter().cloned().partition(known);
         if !go.is_empty() {
             // Writers that still hold the longer list mark the others in vain.
             self.tracking.switch(stay);
-            go.iter().for_each(|recording| self.tracking.forget_words(recording.uuid));
+            go.iter().for_each(|recording| self.tracking.give_back(recording));
         }
     }
 }

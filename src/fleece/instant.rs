@@ -95,7 +95,9 @@ impl Fleece {
         });
         let mut sealed = Vec::new();
         let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
+        // On all disks before the first commit: recovery takes what is in an area for all that was written there.
         let saved = saved.and_then(|()| work.save());
+        let saved = saved.and_then(|()| parts.iter().try_for_each(|part| part.disk.tracking.sidecar.sync()));
         if let Err(e) = saved.and_then(|()| commit(id, &mut parts, &taking, &sealed, &work.lists)) {
             taking.iter().for_each(Taking::record_both);
             let checkpoint = head.as_ref().map(|(_, uuid, _)| *uuid);

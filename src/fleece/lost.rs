@@ -18,7 +18,7 @@ use super::events::Event;
 use super::info::{TrackingLoss, rfc3339};
 use super::tracking::recording_checkpoint;
 use super::{Options, TrackingErrorPolicy};
-use crate::bitmap::{Directory, Loss};
+use crate::bitmap::{Directory, Loss, UserBitmapState};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::storage::clock::now_ns;
@@ -81,6 +81,9 @@ pub(super) fn note_found(directory: &mut Directory) {
 
 /// Sets the reason on the interval that records; `before`: on the one before it, too.
 fn set_everything(directory: &mut Directory, loss: &Loss, before: bool) {
+    for user in directory.bitmaps.iter_mut().filter(|user| user.state == UserBitmapState::Recording) {
+        user.bitmap.everything.get_or_insert_with(|| loss.reason.clone());
+    }
     let count = if before { 2 } else { 1 };
     if recording_checkpoint(directory).is_some() {
         for entry in directory.checkpoints.iter_mut().rev().take(count) {
@@ -157,12 +160,13 @@ impl Disk {
             return Err(Error::new(errno::EIO, what, e.to_string())
                 .hint("make room for the state directory, or mount with --on-tracking-error continue"));
         }
-        if *self.losses.noted.lock() && self.tracking_loss().is_some() {
-            return Ok(());
+        if !(*self.losses.noted.lock() && self.tracking_loss().is_some()) {
+            let reason = format!("changes could not be recorded: {e}");
+            self.note_on_image(&reason);
+            self.lose_tracking(&reason);
         }
-        let reason = format!("changes could not be recorded: {e}");
-        self.note_on_image(&reason);
-        self.lose_tracking(&reason);
+        // Only now: whoever finds it given up goes on at once.
+        self.regions.give_up();
         Ok(())
     }
 

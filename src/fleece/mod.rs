@@ -10,15 +10,17 @@
 //! * **I5** one instant: `instant`
 //! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
 //!
-//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `recover`, `transaction`, `checkpoints`; who
-//! else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`, `bitmaps`, `plan`, `work`, `hold`,
-//! `users`.
+//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `recover`, `close`,
+//! `transaction`, `checkpoints`; who else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`,
+//! `bitmaps`, `plan`, `work`, `hold`, `users`.
 
 mod batch;
 mod bitmaps;
 mod chain;
 mod checkpoints;
+mod close;
 mod counters;
+mod disarm;
 mod disk;
 mod events;
 #[allow(clippy::module_inception, reason = "the type that the module is named after")]
@@ -36,6 +38,7 @@ mod persistent;
 mod place;
 mod plan;
 mod recover;
+mod regions;
 mod snapshot;
 mod store;
 mod stripes;

@@ -347,7 +347,7 @@ impl Disk {
             let mut bits = Bits::heap(DirtyBitmap::bits_for(granularity, size)?);
             bits.or_words(0, image.load(&user.name)?);
             let bitmap = Arc::new(DirtyBitmap::new(granularity, size, bits)?);
-            kept.push(self.tracking.seal(&Recording { uuid: user.bitmap.uuid, bitmap }, None)?);
+            kept.push(self.tracking.seal(&Recording { uuid: user.bitmap.uuid, bitmap, area: None }, None)?);
         }
         if kept.is_empty() {
             return Ok(());

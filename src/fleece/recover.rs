@@ -7,20 +7,19 @@
 //! | no `dirty.log` | nothing is known; tracking starts |
 //! | CLEAN, and the image bears the stamp | everything is exact; kept views are whole |
 //! | OPEN, words with our nonce of this boot are there, the image was not written after the clock word (+ 1 s) | exact: the daemon was killed; views are whole |
+//! | OPEN, another boot or no such words, and nobody else wrote as far as the heartbeat tells (see `foreign`) | the saved bits, and all of the regions whose intent is set: a power loss. Views are dropped |
 //! | a note on the image, or a block device that is not trusted, see `foreign` | nothing, as in the last row |
 //! | a mark in the image, see `persistent` | exact where it proves that nobody else wrote, or where the image's own bitmap has what others wrote |
 //! | anything else | changes since the newest checkpoint are not known: its bitmap says everything; views are dropped |
 //!
-//! The order of an open: a new nonce; new words, filled completely; the superblock {OPEN, nonce}, durable; the
-//! directory with the outcome; only then the old words go, a note on the image is taken away, and writes are accepted. A crash at any point recovers from
-//! the same facts: until the superblock stands, from the old words; from then on from the new ones, which hold the
+//! The order of an open: a new nonce; new words, filled completely; the bits of the recording bitmaps in new areas; the
+//! intents that are found, or all where the image may not be durable for reasons of others, or none after a clean close;
+//! the superblock {OPEN, nonce}, durable; the directory with the outcome; only then the old words go, a note on the image
+//! is taken away, and writes are accepted. A crash at any point recovers from the same facts: until the superblock
+//! stands, from the old words (or areas and intents, which nobody has touched by then, also after a power loss); from
+//! then on from the new ones, which hold the
 //! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory. Between the
 //! directory and the first write the image's own bitmaps are taken over.
-//!
-//! The order of a clean close: image flushed; kept views saved; recording bitmaps written to the sidecar and named in
-//! the directory; bitmaps stored in the image, where it has any; image closed; the superblock {CLEAN, stamp}; then the
-//! words go. Where a step before the superblock fails the words stay, and the next open finds what a kill would have
-//! left.
 
 use super::chain::Chain;
 use super::counters::Counters;
@@ -31,14 +30,16 @@ use super::keep;
 use super::layer::{Layer, PARTS, word_name};
 use super::persistent::{Bitmaps, Proof, prove};
 use super::place::{self, Environment, Place};
+use super::regions::Regions;
 use super::store::{StoreIo, StoreSpace};
 use super::tracking::{
-    CLOCK, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry, start_clock,
+    CLOCK, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry, start_clock, with_area,
 };
 use super::transaction;
 use super::{BlockDevicePolicy, Options};
 use crate::bitmap::{
-    BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, LayerEntry, PreparedAction, Sidecar, State, Superblock,
+    BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, INTENT_REGIONS, LayerEntry, PreparedAction, Sidecar,
+    State, region_size_for,
 };
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
@@ -47,6 +48,7 @@ use crate::storage::shm::ShmRoot;
 use crate::storage::{Dir, Shm};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
+use crate::units::human_size;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -72,6 +74,11 @@ enum Found {
     Clean,
     /// Killed; its words are all there.
     Killed(Box<dyn Shm>),
+    /// Its words are gone, what it made durable is there: the regions whose intent is set, and their size.
+    PowerLoss {
+        armed: Vec<u64>,
+        region_size: u64,
+    },
     /// Why changes are not known.
     Lost(String),
 }
@@ -117,8 +124,17 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     };
     superblock.state = State::Open { nonce, boot_id: root.boot_id() };
     superblock.heartbeat_ns = now_ns();
-    superblock.region_size = crate::bitmap::region_size_for(image.size().max(sidecar.directory().size));
+    let (region_size, armed) = regions_of(&found, &sidecar, &*image);
+    let regions = Regions::new(region_size, armed.iter().copied());
+    // What was read may stand in the page cache only. Where the size changes, every bit is set meanwhile; after a clean
+    // close they mean nothing.
+    let changes = region_size != superblock.region_size && !matches!(found, Found::Clean);
+    sidecar.reset_intents(if changes { 0..INTENT_REGIONS } else { 0..0 }.chain(armed.iter().copied()))?;
+    superblock.region_size = region_size;
     sidecar.set_superblock(superblock)?;
+    if changes {
+        sidecar.reset_intents(armed.into_iter())?;
+    }
     sidecar.commit(|directory| {
         *directory = state.directory.clone();
         Ok(())
@@ -140,13 +156,14 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     if let Err(e) = remove_strays(&store_io, &state.directory) {
         log::warn!("disk '{name}': leftover stores could not be removed: {e}");
     }
-    let origin = tell(name, &found, proof, &state, &shared);
+    let origin = tell(name, &found, &state, &shared);
     let tracking = Tracking::new(sidecar, shm, clock, state.recording);
     let parts = DiskParts {
         name: name.to_owned(),
         image,
         chain: Chain { layers: state.layers },
         tracking,
+        regions,
         state: place.state,
         store_io,
         counters: shared.counters.clone(),
@@ -160,6 +177,22 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     disk.take_note_away();
     disk.begin_in_image()?;
     Ok(disk)
+}
+
+/// The region size of the new session, and the regions that it finds armed.
+fn regions_of(found: &Found, sidecar: &Sidecar, image: &dyn Image) -> (u64, Vec<u64>) {
+    let size = image.size();
+    let (old, needed) = (sidecar.superblock().region_size, region_size_for(size.max(sidecar.directory().size)));
+    let all = || (0..size.div_ceil(needed)).collect();
+    match found {
+        // All was durable, and nobody wrote since, or will.
+        Found::Clean => (needed, Vec::new()),
+        _ if image.read_only() => (needed, Vec::new()),
+        // Whoever made the image, or wrote to it, may not have synced it.
+        Found::New | Found::Lost(_) => (needed, all()),
+        Found::Killed(_) | Found::PowerLoss { .. } if needed <= old => (old, sidecar.intents()),
+        Found::Killed(_) | Found::PowerLoss { .. } => (needed, all()),
+    }
 }
 
 fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {
@@ -179,7 +212,7 @@ fn remove_strays(io: &Arc<StoreIo>, directory: &Directory) -> Result<()> {
 }
 
 /// Logs what was found, hands it on as an event, and returns it for status.
-fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Shared<'_>) -> String {
+fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> String {
     // Where the image's own bitmap was looked at in vain, the checkpoint says so.
     let full = |reason: &String| -> String {
         let told = recording_checkpoint(&state.directory).and_then(|entry| entry.bitmap.everything.clone());
@@ -189,15 +222,16 @@ fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Sha
         Found::New => "tracking starts".to_owned(),
         Found::Clean => "exact".to_owned(),
         Found::Killed(_) => "exact after a kill".to_owned(),
-        Found::Lost(_) if state.recorded => match proof {
-            Proof::Ours => "exact after a stop of the host".to_owned(),
-            _ => "exact after writes of another program".to_owned(),
-        },
+        Found::PowerLoss { .. } if state.recorded => "exact after a power loss".to_owned(),
+        Found::PowerLoss { armed, region_size } => after_power_loss(state, armed, *region_size),
+        Found::Lost(_) if state.recorded => "exact after writes of another program".to_owned(),
         Found::Lost(reason) => format!("everything: {}", full(reason)),
     };
     let event = match found {
         Found::New | Found::Clean => None,
-        Found::Killed(_) => Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() }),
+        Found::Killed(_) | Found::PowerLoss { .. } => {
+            Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() })
+        }
         Found::Lost(_) if state.recorded => Some(Event::Recovered { disk: name.to_owned(), how: origin.clone() }),
         Found::Lost(reason) => Some(Event::TrackingLost { disk: name.to_owned(), reason: full(reason) }),
     };
@@ -216,6 +250,18 @@ fn tell(name: &str, found: &Found, proof: Proof, state: &Recovered, shared: &Sha
         shared.recovered.lock().push(text);
     }
     origin
+}
+
+/// How exact maps are after a power loss, for status.
+fn after_power_loss(state: &Recovered, armed: &[u64], region_size: u64) -> String {
+    let reason = recording_checkpoint(&state.directory).and_then(|entry| entry.bitmap.everything.clone());
+    let count = armed.iter().filter(|region| region.saturating_mul(region_size) < state.directory.size).count();
+    match (reason, count) {
+        (Some(reason), _) => format!("everything: {reason}"),
+        (None, 0) => "exact after a power loss".to_owned(),
+        (None, 1) => format!("exact after a power loss but for 1 region of {}", human_size(region_size)),
+        (None, _) => format!("exact after a power loss but for {count} regions of {}", human_size(region_size)),
+    }
 }
 
 /// Opens or makes the sidecar and looks at what the last user left.
@@ -275,14 +321,20 @@ fn classify(
             None => Ok((Found::Clean, proof)),
         },
         State::Open { nonce, boot_id } => {
-            if boot_id != root.boot_id() {
-                return lost("the host stopped without a clean stop of fleecefs");
-            }
-            let Some(words) = root.find(&nonce.to_string())? else {
-                return lost("fleecefs was killed and its state in memory is gone");
-            };
-            let Some(clock) = words.open(CLOCK)? else {
-                return lost("fleecefs was killed while it was opening the disk");
+            let another_boot = boot_id != root.boot_id();
+            let words = if another_boot { None } else { root.find(&nonce.to_string())? };
+            let clock = words.as_ref().map(|words| words.open(CLOCK)).transpose()?.flatten();
+            let (Some(words), Some(clock)) = (words, clock) else {
+                // The mark proves more than any clock can.
+                let boot_ns = another_boot.then(|| root.boot_ns());
+                let heartbeat_ns = sidecar.superblock().heartbeat_ns;
+                if proof != Proof::Ours
+                    && let Some(reason) = super::foreign::signs_after_power_loss(image, &stamp, heartbeat_ns, boot_ns)
+                {
+                    return touched(reason);
+                }
+                let (armed, region_size) = (sidecar.intents(), sidecar.superblock().region_size);
+                return Ok((Found::PowerLoss { armed, region_size }, proof));
             };
             match signs_since_kill(image, &stamp, &clock) {
                 Some(reason) => touched(reason),
@@ -320,18 +372,18 @@ impl Opening<'_> {
             _ => None,
         };
         let nobody_wrote = match self.bitmaps.proof {
-            Proof::NoMark => matches!(found, Found::Clean | Found::Killed(_)),
+            Proof::NoMark => matches!(found, Found::Clean | Found::Killed(_) | Found::PowerLoss { .. }),
             proof => proof == Proof::Ours,
         };
         directory.in_image.checkpoints = self.bitmaps.checkpoint_names(&directory, nobody_wrote);
-        let extra = self.settle_prepared(&mut directory, old)?;
+        let extra = self.settle_prepared(&mut directory, found, old)?;
         let (checkpoint, recorded) = self.recover_recording(&mut directory, found, extra)?;
         let known = super::users::Known {
             nobody_wrote,
             clean: matches!(self.sidecar.superblock().state, State::Clean { .. }),
             bits: &|entry| match found {
                 Found::Clean => self.saved(entry).ok(),
-                _ => old.and_then(|old| words_of(old, entry).ok().flatten()),
+                _ => self.recorded(found, entry).ok(),
             },
         };
         let (users, entries) = super::users::recover(self.bitmaps, &directory, self.shm, &known)?;
@@ -346,19 +398,25 @@ impl Opening<'_> {
         };
         self.recover_layers(&mut state, found, old);
         state.directory.size = self.image.size();
+        self.give_areas(&mut state)?;
         Ok(state)
     }
 
     /// Makes a prepared change, or takes it back; see `transaction`. Returns a bitmap whose bits belong to the one
     /// that records: what the bitmap of a snapshot that was taken back had recorded by then.
-    fn settle_prepared(&self, directory: &mut Directory, old: Option<&dyn Shm>) -> Result<Option<DirtyBitmap>> {
+    fn settle_prepared(
+        &self,
+        directory: &mut Directory,
+        found: &Found,
+        old: Option<&dyn Shm>,
+    ) -> Result<Option<DirtyBitmap>> {
         let Some(prepared) = directory.prepared.take() else { return Ok(None) };
         let coordinator = self.shared.known.iter().find(|disk| disk.uuid() == prepared.coordinator);
         let committed =
             coordinator.is_some_and(|disk| disk.tracking.directory().committed.contains(&prepared.transaction));
         if committed {
             let sealed = match (&prepared.action, recording_checkpoint(directory)) {
-                (PreparedAction::Snapshot { .. }, Some(last)) => Some(self.seal_old(&last.bitmap, old)?),
+                (PreparedAction::Snapshot { .. }, Some(last)) => Some(self.seal_old(&last.bitmap, found)?),
                 _ => None,
             };
             transaction::apply(directory, &prepared.action, sealed);
@@ -377,12 +435,12 @@ impl Opening<'_> {
             self.name,
             checkpoint.name
         );
-        old.map(|old| words_of(old, &checkpoint.bitmap)).transpose().map(Option::flatten)
+        self.bits_of(found, &checkpoint.bitmap)
     }
 
     /// The bitmap that a committed snapshot sealed, saved now.
-    fn seal_old(&self, entry: &BitmapEntry, old: Option<&dyn Shm>) -> Result<BitmapEntry> {
-        let bitmap = match old.map(|old| words_of(old, entry)).transpose()?.flatten() {
+    fn seal_old(&self, entry: &BitmapEntry, found: &Found) -> Result<BitmapEntry> {
+        let bitmap = match self.bits_of(found, entry)? {
             // Until the directory says that it is sealed, a kill comes here again.
             Some(bitmap) => {
                 let bits = bitmap.bits();
@@ -412,21 +470,18 @@ impl Opening<'_> {
             return Ok((None, false));
         };
         let entry = directory.checkpoints[index].bitmap.clone();
-        let kept = entry.area.is_some().then(|| self.saved(&entry));
+        let kept = entry.crc.is_some().then(|| self.saved(&entry));
         let stored = self.bitmaps.checkpoint(directory, &directory.checkpoints[index], kept);
         let recorded = stored.is_ok() && entry.everything.is_none();
         let known: std::result::Result<DirtyBitmap, String> = match (stored, found) {
             (Ok(bitmap), _) => Ok(bitmap),
-            (_, Found::Killed(old)) => match words_of(&**old, &entry)? {
-                Some(bitmap) => Ok(bitmap),
-                None => Err("its bitmap in memory is gone".to_owned()),
-            },
-            (_, Found::Clean) => self.saved(&entry),
+            (_, Found::Killed(_) | Found::PowerLoss { .. }) => self.recorded(found, &entry),
+            (_, Found::Clean) if entry.crc.is_some() => self.saved(&entry),
             (Err(why), Found::Lost(reason)) if self.bitmaps.proof == Proof::SinceClose => {
                 Err(format!("{reason}, and {why}"))
             }
             (_, Found::Lost(reason)) => Err(reason.clone()),
-            (_, Found::New) => Err("it was never saved".to_owned()),
+            (_, Found::New | Found::Clean) => Err("it was never saved".to_owned()),
         };
         let size = self.image.size();
         let bits = DirtyBitmap::bits_for(entry.granularity, size)?;
@@ -446,9 +501,47 @@ impl Opening<'_> {
                 bitmap
             }
         };
-        let recording = Recording { uuid: entry.uuid, bitmap: Arc::new(bitmap) };
+        let recording = Recording { uuid: entry.uuid, bitmap: Arc::new(bitmap), area: None };
         directory.checkpoints[index].bitmap = BitmapEntry { everything, ..recording_entry(&recording) };
-        Ok((Some(recording), recorded && matches!(found, Found::Lost(_))))
+        Ok((Some(recording), recorded && matches!(found, Found::Lost(_) | Found::PowerLoss { .. })))
+    }
+
+    /// The bits of a bitmap as they were recorded when the last session ended: from its words, or what is durable of them
+    /// in its area.
+    fn bits_of(&self, found: &Found, entry: &BitmapEntry) -> Result<Option<DirtyBitmap>> {
+        match found {
+            Found::Killed(old) => words_of(&**old, entry),
+            Found::PowerLoss { .. } => Ok(self.saved(entry).ok()),
+            _ => Ok(None),
+        }
+    }
+
+    /// What a bitmap that recorded must hold; after a power loss all of the armed regions too. The error is the reason
+    /// why it is not known.
+    fn recorded(&self, found: &Found, entry: &BitmapEntry) -> std::result::Result<DirtyBitmap, String> {
+        let known = match found {
+            Found::PowerLoss { .. } => self.saved(entry)?,
+            _ => self.bits_of(found, entry).map_err(|e| e.to_string())?.ok_or("its bitmap in memory is gone")?,
+        };
+        if entry.everything.is_some() {
+            known.mark_all();
+        }
+        if let Found::PowerLoss { armed, region_size } = found {
+            armed.iter().for_each(|region| known.mark(region.saturating_mul(*region_size), *region_size));
+        }
+        Ok(known)
+    }
+
+    /// Every bitmap that records has its bits in a new area: the old ones stay as they are until the directory with the
+    /// outcome stands. One that does not record any more keeps none that is not final.
+    fn give_areas(&self, state: &mut Recovered) -> Result<()> {
+        for recording in &mut state.recording {
+            *recording = with_area(self.sidecar, recording.clone())?;
+        }
+        for entry in state.directory.all_bitmaps_mut().filter(|entry| entry.crc.is_none()) {
+            entry.area = state.recording.iter().find(|one| one.uuid == entry.uuid).and_then(|one| one.area);
+        }
+        Ok(())
     }
 
     fn saved(&self, entry: &BitmapEntry) -> std::result::Result<DirtyBitmap, String> {
@@ -514,90 +607,4 @@ fn words_of(old: &dyn Shm, entry: &BitmapEntry) -> Result<Option<DirtyBitmap>> {
     let mut copy = Bits::heap(bits);
     copy.or_words(0, words.iter().map(|word| word.load(Ordering::SeqCst)));
     DirtyBitmap::new(entry.granularity, entry.size, copy).map(Some)
-}
-
-impl Disk {
-    /// A clean close; see the module for the order. Views are saved, or dropped with their stores.
-    pub(super) fn close(&self, keep_views: bool) -> Result<()> {
-        let _one = self.reaping.lock();
-        self.check_foreign()?;
-        let _gate = self.gate.write();
-        self.closed.store(true, Ordering::SeqCst);
-        self.close_drained(keep_views).inspect_err(|_| {
-            // What was stored must not count while writes go on, nor a sidecar that says CLEAN.
-            let is_open = matches!(self.tracking.sidecar.superblock().state, State::Open { .. });
-            if is_open && self.begin_in_image().is_ok() {
-                self.closed.store(false, Ordering::SeqCst);
-            }
-        })
-    }
-
-    /// The guest's writes are done, and new ones are refused.
-    fn close_drained(&self, keep_views: bool) -> Result<()> {
-        if !self.read_only() {
-            self.flush()?;
-        }
-        let chain = self.chain.load();
-        if keep_views {
-            for layer in &chain.layers {
-                keep::save(layer)?;
-            }
-        }
-        let mark = Uuid::new_v4();
-        self.save_bitmaps(&chain, keep_views, mark)?;
-        self.store_in_image(mark)?;
-        if !self.read_only() {
-            self.image().close()?;
-        }
-        self.tracking.note_write();
-        let superblock =
-            Superblock { state: State::Clean { stamp: self.image().stamp()? }, ..self.tracking.sidecar.superblock() };
-        self.tracking.sidecar.set_superblock(superblock)?;
-        if !keep_views {
-            for layer in &chain.layers {
-                layer.store.remove_now();
-            }
-        }
-        self.tracking.shm.remove_all()?;
-        match &*self.misplaced.lock() {
-            Some(what) => Err(Error::new(errno::ESTALE, format!("disk '{}'", self.name()), what.clone())),
-            None => Ok(()),
-        }
-    }
-    /// The recording bitmaps, saved and named in the directory, with the layers that are kept.
-    fn save_bitmaps(&self, chain: &Chain, keep_views: bool, mark: Uuid) -> Result<()> {
-        let in_image = self.image().persistent().map(|image| image.mark()).transpose()?;
-        let in_image = in_image.filter(|found| found.uuid.is_some());
-        let recording = self.tracking.recording();
-        let directory = self.tracking.directory();
-        let mut sealed = Vec::new();
-        let mut seal_all = || -> Result<()> {
-            for entry in directory.checkpoints.iter().filter(|entry| entry.state == CheckpointState::Recording) {
-                if let Some(one) = recording.iter().find(|one| one.uuid == entry.bitmap.uuid) {
-                    sealed.push(self.tracking.seal(one, entry.bitmap.everything.clone())?);
-                }
-            }
-            self.seal_users(&directory, &mut sealed)
-        };
-        let saved = seal_all().and_then(|()| {
-            self.tracking.sidecar.commit(|directory| {
-                for bitmap in &sealed {
-                    for entry in directory.all_bitmaps_mut().filter(|entry| entry.uuid == bitmap.uuid) {
-                        *entry = bitmap.clone();
-                    }
-                }
-                let kept = |uuid: Uuid| keep_views && chain.layers.iter().any(|layer| layer.uuid == uuid);
-                directory.layers.retain(|entry| kept(entry.uuid));
-                if let Some(in_image) = in_image {
-                    if let Some(name) = recording_checkpoint(directory).map(|entry| entry.name.clone()) {
-                        directory.in_image.checkpoints.retain(|other| *other != name);
-                        directory.in_image.checkpoints.push(name);
-                    }
-                    (directory.in_image.mark, directory.in_image.backing) = (Some(mark), in_image.backing);
-                }
-                Ok(())
-            })
-        });
-        saved.inspect_err(|_| sealed.iter().for_each(|entry| self.tracking.abandon(entry)))
-    }
 }

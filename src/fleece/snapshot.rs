@@ -421,7 +421,7 @@ impl Taking {
     /// Nothing was published: all that was made goes.
     pub(super) fn forget(&self) {
         self.layer.doom(self.disk.tracking.shm.clone());
-        self.disk.tracking.forget_words(self.recording.uuid);
+        self.disk.tracking.give_back(&self.recording);
     }
 
     /// From here on the old bitmap records on, beside the new one, with what the new one has.

@@ -10,7 +10,7 @@
 //! `fine.BITMAP` the bits of a recording bitmap; `clock` the time in nanoseconds of the newest image write, the image's
 //! inode and device numbers, and the length that we made it, and are about to make it (see `foreign`).
 
-use crate::bitmap::{BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directory, DirtyBitmap, Sidecar};
+use crate::bitmap::{Area, BitmapEntry, Bits, CheckpointEntry, CheckpointState, Directory, DirtyBitmap, Sidecar};
 use crate::error::{Error, Result, errno};
 use crate::storage::clock::now_coarse_ns;
 use crate::storage::{Shm, Stamp, Words};
@@ -44,6 +44,9 @@ pub(super) fn fine_name(bitmap: Uuid) -> String {
 pub(super) struct Recording {
     pub uuid: Uuid,
     pub bitmap: Arc<DirtyBitmap>,
+    /// Where its bits go when regions are disarmed, for all its life; None where it is longer than an area can be (then
+    /// only its words know them, and a power loss makes it everything), or not to be recorded in.
+    pub area: Option<Area>,
 }
 
 /// Dirty since some point: the bits, and the reason where they say 'everything' for want of knowledge.
@@ -124,19 +127,70 @@ impl Tracking {
         self.sidecar.directory()
     }
 
-    /// A new empty bitmap outside the heap.
+    /// A new empty bitmap outside the heap, with an area of zeros for its bits. Who lets it record first has the
+    /// directory name it, durably (see [`recording_entry`]). [`Tracking::give_back`] where it is not needed after all.
     pub(super) fn new_recording(&self, granularity: u64, size: u64) -> Result<Recording> {
+        let recording = self.new_successor(granularity, size)?;
+        let area = area_for(&self.sidecar, &recording.bitmap).inspect_err(|_| self.forget_words(recording.uuid))?;
+        Ok(Recording { area, ..recording })
+    }
+
+    /// The same for a bitmap that records beside one with an area, which has all of its marks: it needs none while no
+    /// directory names it.
+    pub(super) fn new_successor(&self, granularity: u64, size: u64) -> Result<Recording> {
         let uuid = Uuid::new_v4();
         let bits = size.div_ceil(granularity);
         let words = self.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
-        Ok(Recording { uuid, bitmap: Arc::new(DirtyBitmap::new(granularity, size, Bits::new(words, bits))?) })
+        let bitmap = Arc::new(DirtyBitmap::new(granularity, size, Bits::new(words, bits))?);
+        Ok(Recording { uuid, bitmap, area: None })
     }
 
-    /// Writes a bitmap to a new area of the sidecar. The entry is what the directory is to hold: the commit that names
-    /// it makes it durable. Where there is no such commit, [`Tracking::abandon`] gives the area back.
+    /// A successor that a directory is about to name: with an area from here on, so that no region is disarmed until
+    /// that is done or [`Disk::stop_unnamed`] finds that it is not.
+    ///
+    /// [`Disk::stop_unnamed`]: super::disk::Disk::stop_unnamed
+    pub(super) fn succeed(&self, successor: &Recording) -> Result<Recording> {
+        let named = Recording { area: area_for(&self.sidecar, &successor.bitmap)?, ..successor.clone() };
+        self.put(&named);
+        Ok(named)
+    }
+
+    /// Replaces the recording of the same bitmap.
+    fn put(&self, changed: &Recording) {
+        let put = |one: &Recording| if one.uuid == changed.uuid { changed.clone() } else { one.clone() };
+        self.switch(self.recording().iter().map(put).collect());
+    }
+
+    /// A successor that no directory names after all goes on without an area.
+    pub(super) fn remain_successor(&self, recording: &Recording) {
+        if let Some(area) = &recording.area {
+            self.put(&Recording { area: None, ..recording.clone() });
+            self.sidecar.abandon(area);
+        }
+    }
+
+    /// The recording with a new area that holds all its bits: the commit that names it makes them durable.
+    pub(super) fn with_area(&self, recording: Recording) -> Result<Recording> {
+        with_area(&self.sidecar, recording)
+    }
+
+    /// Nothing will be marked in a recording that no directory names.
+    pub(super) fn give_back(&self, recording: &Recording) {
+        self.forget_words(recording.uuid);
+        if let Some(area) = &recording.area {
+            self.sidecar.abandon(area);
+        }
+    }
+
+    /// Writes a bitmap, which does not change any more, to its area, or to a new one where it has none. The entry is
+    /// what the directory is to hold: the commit that names it makes it durable, and so does [`Tracking::sync`]. Where
+    /// there is no such commit, [`Tracking::abandon`] gives a new area back.
     pub(super) fn seal(&self, recording: &Recording, everything: Option<String>) -> Result<BitmapEntry> {
         let bits = recording.bitmap.bits();
-        let area = self.sidecar.allocate((Bits::words_for(bits.len()) * 8) as u64)?;
+        let area = match recording.area {
+            Some(area) => area,
+            None => self.sidecar.allocate((Bits::words_for(bits.len()) * 8) as u64)?,
+        };
         let crc = self.sidecar.write_bits(&area, bits).inspect_err(|_| self.sidecar.abandon(&area))?;
         Ok(BitmapEntry {
             uuid: recording.uuid,
@@ -248,13 +302,34 @@ fn span(directory: &Directory, base: Uuid, target: Uuid) -> Result<(usize, usize
     }
 }
 
+/// A new area for the bits of `bitmap`, all zeros; None where it is longer than an area can be.
+fn area_for(sidecar: &Sidecar, bitmap: &DirtyBitmap) -> Result<Option<Area>> {
+    match sidecar.allocate((Bits::words_for(bitmap.bits().len()) * 8) as u64) {
+        Ok(area) => Ok(Some(area)),
+        Err(e) if e.errno() == errno::EFBIG => {
+            log::warn!("{e}; a power loss makes this bitmap say everything");
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// See [`Tracking::with_area`].
+pub(super) fn with_area(sidecar: &Sidecar, recording: Recording) -> Result<Recording> {
+    let area = area_for(sidecar, &recording.bitmap)?;
+    if let Some(area) = &area {
+        sidecar.write_bits(area, recording.bitmap.bits()).inspect_err(|_| sidecar.abandon(area))?;
+    }
+    Ok(Recording { area, ..recording })
+}
+
 /// The directory entry of a bitmap that records.
 pub(super) fn recording_entry(recording: &Recording) -> BitmapEntry {
     BitmapEntry {
         uuid: recording.uuid,
         granularity: recording.bitmap.granularity(),
         size: recording.bitmap.size(),
-        area: None,
+        area: recording.area,
         crc: None,
         everything: None,
         dirty: 0,

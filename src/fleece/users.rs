@@ -136,7 +136,7 @@ fn in_words(bits: &DirtyBitmap, uuid: Uuid, size: u64, shm: &dyn Shm) -> Result<
     let count = DirtyBitmap::bits_for(bits.granularity(), size)?;
     let words = shm.create(&fine_name(uuid), Bits::words_for(count))?;
     let bitmap = bits.resized(size, Bits::new(words, count), false)?;
-    Ok(Recording { uuid, bitmap: Arc::new(bitmap) })
+    Ok(Recording { uuid, bitmap: Arc::new(bitmap), area: None })
 }
 
 /// The entry of a bitmap without an area.
@@ -158,7 +158,8 @@ impl Disk {
                 bits.or_words(0, words);
                 DirtyBitmap::new(entry.granularity, entry.size, bits)?
             }
-            _ => self.tracking.load(entry).map_err(|why| {
+            // Where changes were not known, its bits say everything.
+            _ => self.tracking.load(&BitmapEntry { everything: None, ..entry.clone() }).map_err(|why| {
                 Error::new(errno::EIO, format!("bitmap '{}' of disk '{}'", user.name.escape_debug(), self.name()), why)
             })?,
         };

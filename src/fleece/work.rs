@@ -83,7 +83,8 @@ impl Lists {
 
     /// The entry of a bitmap that does not record: its bits are durable with the entry.
     pub(super) fn seal(&mut self, disk: &Arc<Disk>, bits: DirtyBitmap) -> Result<BitmapEntry> {
-        let sealed = disk.tracking.seal(&Recording { uuid: Uuid::new_v4(), bitmap: Arc::new(bits) }, None)?;
+        let sealed =
+            disk.tracking.seal(&Recording { uuid: Uuid::new_v4(), bitmap: Arc::new(bits), area: None }, None)?;
         self.written.push((disk.clone(), sealed.clone()));
         Ok(sealed)
     }
@@ -149,7 +150,7 @@ impl Work {
         for step in &self.plan.steps {
             let Step::Hold(slot) = step else { continue };
             let held = &self.plan.slots[*slot];
-            let make = || held.disk.tracking.new_recording(held.granularity, held.disk.size());
+            let make = || held.disk.tracking.new_successor(held.granularity, held.disk.size());
             let successor = held.recording.then(make).transpose()?;
             self.holds.push(NewHold { slot: *slot, successor, held: None });
         }
@@ -159,7 +160,7 @@ impl Work {
     /// Nothing was published: all that was made goes.
     pub(super) fn forget(&self) {
         for (slot, bits) in self.plan.slots.iter().zip(&self.bits) {
-            bits.fresh.iter().for_each(|fresh| slot.disk.tracking.forget_words(fresh.uuid));
+            bits.fresh.iter().for_each(|fresh| slot.disk.tracking.give_back(fresh));
         }
         for hold in &self.holds {
             let tracking = &self.plan.slots[hold.slot].disk.tracking;

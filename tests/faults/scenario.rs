@@ -48,6 +48,7 @@ pub fn run(fleece: &Arc<Fleece>, oracle: &mut Oracle, check: impl Fn(&Fleece, &O
     step("complete s1", oracle, &mut outcome, fleece.complete_snapshot("s1", Some("daily")));
     let done = oracle.freeze(fleece, "s2").map(drop);
     step("create s2", oracle, &mut outcome, done);
+    (0..2).for_each(|_| fleece.disarm_idle());
     let done = oracle.freeze(fleece, "s3").map(drop);
     step("create s3", oracle, &mut outcome, done);
     let done = oracle.grow(fleece, "a", DISK_BYTES + 3 * CHUNK);
@@ -60,6 +61,7 @@ pub fn run(fleece: &Arc<Fleece>, oracle: &mut Oracle, check: impl Fn(&Fleece, &O
     fleece.reap();
     step("cancel s4", oracle, &mut outcome, fleece.cancel_snapshot("s4"));
     step("delete s1", oracle, &mut outcome, fleece.delete_checkpoint("s1"));
+    (0..2).for_each(|_| fleece.disarm_idle());
     let done = oracle.freeze(fleece, "s5").map(drop);
     step("create s5", oracle, &mut outcome, done);
     fleece.reap();

@@ -29,12 +29,13 @@ pub fn open_as(file: SharedStorage, no_mark: bool) -> Result<Arc<Qcow2Image>> {
 /// An image of `size` bytes with the bitmaps `on`, which records, and `off`.
 pub fn make(storage: SharedStorage, size: u64) {
     let mut bytes = vec![0; 4 * CLUSTER as usize];
+    let l1_entries = size.div_ceil(CLUSTER * CLUSTER / 8).max(1) as u32;
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(0, b"QFI\xfb");
     put(4, &3u32.to_be_bytes());
     put(20, &12u32.to_be_bytes());
     put(24, &size.to_be_bytes());
-    put(36, &1u32.to_be_bytes());
+    put(36, &l1_entries.to_be_bytes());
     put(40, &(3 * CLUSTER).to_be_bytes());
     put(48, &CLUSTER.to_be_bytes());
     put(56, &1u32.to_be_bytes());

@@ -157,7 +157,10 @@ impl Machine {
             Op::DeleteCheckpoint { which } => self.delete_checkpoint(which),
             Op::Release { which, disk, offset, len } => self.release(which, disk, offset, len),
             Op::Resize { disk, step } => self.resize(disk, step),
-            Op::Reap => self.fleece.reap(),
+            Op::Reap => {
+                self.fleece.reap();
+                self.fleece.disarm_idle();
+            }
             Op::Kill => self.remount(),
             Op::CleanStop { keep, foreign } => self.clean_stop(keep, foreign),
             Op::PowerLoss => self.power_loss(),
@@ -251,6 +254,15 @@ impl Machine {
 
     /// Takes over what a store failure or a bad sector did to the views: only those two may do anything.
     fn settle(&mut self, disk: usize, before: Before, offset: u64, len: u64) {
+        // Where a region could not be armed, tracking is lost, and says so.
+        let rows = self.fleece.checkpoints().into_iter().flat_map(|row| row.disks);
+        let lost = rows.filter(|row| row.disk == NAMES[disk] && row.recording).any(|row| row.everything.is_some());
+        if self.state_fault
+            && lost
+            && let Some(point) = self.models[disk].points.last_mut()
+        {
+            point.inexact = true;
+        }
         for (index, frozen) in self.models[disk].frozen.iter_mut().enumerate() {
             let snapshot = self.fleece.snapshot(&frozen.name).unwrap();
             let now = snapshot.view(NAMES[disk]).unwrap().broken().is_some();

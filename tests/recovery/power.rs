@@ -1,6 +1,7 @@
 //! Power loss: words in memory are gone, and of what was not synced any part.
 
 use crate::rig::*;
+use fleecefs::bitmap::Sidecar;
 use fleecefs::error::{Result, errno};
 use fleecefs::fleece::{Environment, Fleece, Options};
 use fleecefs::storage::crash::CrashDisk;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 #[test]
-fn after_a_power_loss_maps_say_everything_views_are_refused_and_checkpoints_stay() {
+fn after_a_power_loss_maps_say_what_was_armed_views_are_refused_and_checkpoints_stay() {
     let mut host = Host::pair();
     let fleece = host.mount();
     let mut oracle = Oracle::new(&host);
@@ -28,7 +29,7 @@ fn after_a_power_loss_maps_say_everything_views_are_refused_and_checkpoints_stay
     let fleece = host.mount();
     assert!(fleece.snapshots().is_empty());
     for info in fleece.disk_infos() {
-        assert!(info.tracking.starts_with("everything: "), "{}", info.tracking);
+        assert_eq!(info.tracking, "exact after a power loss but for 1 region of 1.0 MiB");
     }
     assert!(fleece.problems().iter().any(|text| text.contains("'open'")), "{:?}", fleece.problems());
     let names: Vec<String> = fleece.checkpoints().into_iter().map(|row| row.name).collect();
@@ -38,7 +39,8 @@ fn after_a_power_loss_maps_say_everything_views_are_refused_and_checkpoints_stay
     let snapshot = oracle.freeze(&fleece, "t").unwrap();
     for view in snapshot.views() {
         assert_eq!(view.reference().unwrap().name, "s1");
-        assert!(view.full_reason().is_some());
+        assert_eq!(view.full_reason(), None);
+        // A region is more than the whole disk.
         assert_eq!(view.map(view.reference().map(|point| point.uuid)).unwrap().dirty_bytes(), view.size());
     }
     oracle.check(&fleece, Allow { more: true, ..EXACT });
@@ -74,9 +76,113 @@ fn words_that_vanish_without_a_reboot_count_as_a_power_loss() {
     drop(fleece);
     host.heap.lose_power("boot-1");
     let fleece = host.mount();
-    assert!(fleece.disk_infos()[0].tracking.starts_with("everything: "));
+    assert_eq!(fleece.disk_infos()[0].tracking, "exact after a power loss but for 1 region of 1.0 MiB");
     let snapshot = freeze(&fleece, "t");
+    assert_eq!(dirty_granules(&extents_since(&snapshot.views()[0], "s")).len() as u64, DISK_BYTES.div_ceil(GRANULE));
+}
+
+#[test]
+fn a_recovery_begins_a_session_that_may_be_killed_too() {
+    let host = Host::one();
+    let mut fleece = host.mount();
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    for granule in 0..3 {
+        fleece.disk("a").unwrap().write(&[1; 10], granule * GRANULE).unwrap();
+        drop(fleece);
+        fleece = host.mount();
+        assert_eq!(fleece.disk_infos()[0].tracking, "exact after a kill");
+    }
+    let snapshot = freeze(&fleece, "t");
+    assert_eq!(dirty_granules(&extents_since(&snapshot.views()[0], "s")), (0..3).collect());
+}
+
+/// A mount with a checkpoint `s` and a disk of which nothing is armed; what `act` does, then a power loss.
+fn lose_power_after(act: impl Fn(&Host, &Arc<Fleece>)) -> Arc<Fleece> {
+    let mut host = Host::one();
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    (0..2).for_each(|_| fleece.disarm_idle());
+    assert_eq!(counter(&fleece, "armed_regions"), 0);
+    act(&host, &fleece);
+    drop(fleece);
+    host.lose_power();
+    host.mount()
+}
+
+#[test]
+fn a_power_loss_of_a_quiet_disk_is_exact() {
+    let fleece = lose_power_after(|_, fleece| {
+        fleece.disk("a").unwrap().write(&[1; 10], GRANULE).unwrap();
+        (0..2).for_each(|_| fleece.disarm_idle());
+    });
+    assert_eq!(fleece.disk_infos()[0].tracking, "exact after a power loss");
+    let snapshot = freeze(&fleece, "t");
+    assert_eq!(dirty_granules(&extents_since(&snapshot.views()[0], "s")), [1].into());
+}
+
+/// Status says that another program wrote, and the map everything.
+fn assert_foreign(fleece: &Fleece, what: &str) {
+    let tracking = &fleece.disk_infos()[0].tracking;
+    assert!(tracking.starts_with("everything: ") && tracking.contains(what), "{tracking}");
+    let snapshot = freeze(fleece, "t");
     assert!(snapshot.views()[0].full_reason().is_some());
+}
+
+#[test]
+fn a_write_of_another_program_after_the_heartbeat_or_in_this_boot_means_everything() {
+    const SECOND: i64 = 1_000_000_000;
+    let late = |host: &Host| host.files["a"].image.stamp().unwrap().ctime_ns;
+    // The heartbeat was that long before the last write to the image.
+    for (seconds, foreign) in [(9, false), (14, true)] {
+        let fleece = lose_power_after(|host, fleece| {
+            fleece.disk("a").unwrap().write(&[1; 10], GRANULE).unwrap();
+            let sidecar = host.files["a"].state.open("dirty.log").unwrap();
+            let sidecar = Sidecar::open(sidecar).unwrap();
+            let heartbeat_ns = late(host) - seconds * SECOND;
+            sidecar.update_superblock(|superblock| superblock.heartbeat_ns = heartbeat_ns).unwrap();
+        });
+        match foreign {
+            true => assert_foreign(&fleece, "before the host stopped"),
+            false => assert!(fleece.disk_infos()[0].tracking.starts_with("exact after a power loss")),
+        }
+    }
+    let fleece = lose_power_after(|host, _| {
+        let sidecar = Sidecar::open(host.files["a"].state.open("dirty.log").unwrap()).unwrap();
+        sidecar.update_superblock(|superblock| superblock.heartbeat_ns = late(host) + 3600 * SECOND).unwrap();
+    });
+    assert_foreign(&fleece, "clock went back");
+    let mut host = Host::one();
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    drop(fleece);
+    host.lose_power();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    host.files["a"].image.write_at(&[7; 10], 0).unwrap();
+    assert_foreign(&host.mount(), "since the host started");
+}
+
+#[test]
+fn the_heartbeat_is_renewed_while_the_image_is_written_to_and_only_then() {
+    let host = Host::one();
+    let fleece = host.mount();
+    let sidecar = || Sidecar::open(host.files["a"].state.open("dirty.log").unwrap()).unwrap();
+    let heartbeat = || sidecar().superblock().heartbeat_ns;
+    (0..2).for_each(|_| fleece.disarm_idle());
+    let first = heartbeat();
+    std::thread::sleep(std::time::Duration::from_millis(2600));
+    fleece.disarm_idle();
+    assert_eq!(heartbeat(), first, "nobody wrote");
+    fleece.disk("a").unwrap().write(&[1; 10], 0).unwrap();
+    assert_eq!(heartbeat(), first, "it is not that old");
+    fleece.disarm_idle();
+    let second = heartbeat();
+    assert!(second > first, "somebody wrote");
+    fleece.disk("a").unwrap().write(&[1; 10], 0).unwrap();
+    fleece.disarm_idle();
+    assert_eq!(heartbeat(), second, "not at every write");
 }
 
 /// What a power loss at some moment may leave is chosen from this.

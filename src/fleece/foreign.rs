@@ -150,7 +150,9 @@ impl Disk {
         self.lose(&reason, !since_checkpoint);
         // What they wrote may not be durable.
         if let Err(e) = self.arm_all() {
-            self.tracking_failed(&e)?;
+            log::warn!("disk '{}': {e}", self.name());
+            self.note_on_image(&reason);
+            self.regions.give_up();
         }
         // What came so far is noted: the next sign is of another write.
         self.tracking.note_write();

@@ -70,8 +70,8 @@ pub struct DiskInfo {
     pub read_only: bool,
     /// The state directory.
     pub state: PathBuf,
-    /// How far maps since the newest checkpoint can be believed now: `exact`, with how that was found at mount or which
-    /// checkpoint it goes back to, or `everything: REASON`.
+    /// How far maps since the newest checkpoint can be believed now: `exact`, with how that was found at mount (`exact
+    /// after a power loss but for N regions of SIZE`) or which checkpoint it goes back to, or `everything: REASON`.
     pub tracking: String,
     /// Why they say everything, and since when, where they do.
     pub tracking_lost: Option<TrackingLoss>,

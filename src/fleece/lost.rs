@@ -171,7 +171,7 @@ impl Disk {
     }
 
     /// Where there is no place for the note, only status and log have it: a power loss would forget it.
-    fn note_on_image(&self, reason: &str) {
+    pub(super) fn note_on_image(&self, reason: &str) {
         let mut noted = self.losses.noted.lock();
         if *noted || self.read_only() {
             return;

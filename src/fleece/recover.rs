@@ -15,9 +15,9 @@
 //! The order of an open: a new nonce; new words, filled completely; the bits of the recording bitmaps in new areas; the
 //! intents that are found, or all where the image may not be durable for reasons of others, or none after a clean close;
 //! the superblock {OPEN, nonce}, durable; the directory with the outcome; only then the old words go, a note on the image
-//! is taken away, and writes are accepted. A crash at any point recovers from the same facts: until the superblock
-//! stands, from the old words (or areas and intents, which nobody has touched by then, also after a power loss); from
-//! then on from the new ones, which hold the
+//! is taken away, and writes are accepted. A crash at any point recovers from the same facts: until the directory stands,
+//! a power loss finds the old areas and no fewer intents. A kill finds the old words until the superblock stands; from
+//! then on the new ones, which hold the
 //! outcome (bits all set where everything counts as dirty) under the unchanged or the new directory. Between the
 //! directory and the first write the image's own bitmaps are taken over.
 

@@ -5,6 +5,7 @@ use fleecefs::bitmap::Sidecar;
 use fleecefs::error::{Result, errno};
 use fleecefs::fleece::{Environment, Fleece, Options};
 use fleecefs::storage::crash::CrashDisk;
+use fleecefs::storage::faulty::Call;
 use fleecefs::storage::shm::HeapShmRoot;
 use fleecefs::storage::{BlockStatus, Dir, SharedStorage, Space, Stamp, Storage};
 use std::collections::BTreeMap;
@@ -120,6 +121,37 @@ fn a_power_loss_of_a_quiet_disk_is_exact() {
     assert_eq!(fleece.disk_infos()[0].tracking, "exact after a power loss");
     let snapshot = freeze(&fleece, "t");
     assert_eq!(dirty_granules(&extents_since(&snapshot.views()[0], "s")), [1].into());
+}
+
+#[test]
+fn a_guest_goes_on_where_a_region_cannot_be_armed_and_the_next_snapshot_begins_again() {
+    let mut host = Host::one();
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    let disarm = |fleece: &Fleece| (0..2).for_each(|_| fleece.disarm_idle());
+    disarm(&fleece);
+    let faults = &host.files["a"].state_faults;
+    (1..100).for_each(|nth| faults.fail_nth(Call::Write, faults.calls(Call::Write) + nth, errno::EIO));
+    let disk = fleece.disk("a").unwrap();
+    disk.write(&[1; 10], GRANULE).unwrap();
+    disk.write(&[1; 10], 2 * GRANULE).unwrap();
+    assert_eq!(counter(&fleece, "armed_regions"), 0);
+    assert_errno(try_freeze(&fleece, "t", &[], None), errno::EIO);
+    faults.clear();
+    freeze(&fleece, "t");
+    assert_eq!(counter(&fleece, "armed_regions"), 1, "all of the disk: what was written may not be durable");
+    let map = extents_since(&view_of(&fleece, "t", "a"), "s");
+    assert_eq!(dirty_granules(&map), (0..DISK_BYTES.div_ceil(GRANULE)).collect());
+    fleece.complete_snapshot("t", None).unwrap();
+    disk.write(&[1; 10], 3 * GRANULE).unwrap();
+    disarm(&fleece);
+    drop((disk, fleece));
+    host.lose_power();
+    let fleece = host.mount();
+    assert_eq!(fleece.disk_infos()[0].tracking, "exact after a power loss");
+    freeze(&fleece, "u");
+    assert_eq!(dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "t")), [3].into());
 }
 
 /// Status says that another program wrote, and the map everything.

@@ -18,7 +18,7 @@
 
 use super::BlockDevicePolicy;
 use super::disk::Disk;
-use super::recover::SIDECAR;
+use super::found::SIDECAR;
 use super::tracking::{CLOCK, CLOCK_DEV, CLOCK_INO, CLOCK_LEN, CLOCK_LEN_NEXT, recording_checkpoint};
 use crate::bitmap::HEARTBEAT_NS;
 use crate::error::{Error, Result, errno};

@@ -10,7 +10,7 @@
 //! * **I5** one instant: `instant`
 //! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
 //!
-//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `recover`, `close`,
+//! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `found`, `recover`, `close`,
 //! `transaction`, `checkpoints`; who else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`,
 //! `bitmaps`, `plan`, `work`, `hold`, `users`.
 
@@ -27,6 +27,7 @@ mod events;
 mod fleece;
 mod fold;
 mod foreign;
+mod found;
 mod hold;
 mod info;
 mod instant;

@@ -25,10 +25,10 @@ use super::chain::Chain;
 use super::counters::Counters;
 use super::disk::{Disk, DiskParts};
 use super::events::{Event, Events};
-use super::foreign::{signs_since_close, signs_since_kill};
+use super::found::{Found, open_sidecar, regions_of};
 use super::keep;
 use super::layer::{Layer, PARTS, word_name};
-use super::persistent::{Bitmaps, Proof, prove};
+use super::persistent::{Bitmaps, Proof};
 use super::place::{self, Environment, Place};
 use super::regions::Regions;
 use super::store::{StoreIo, StoreSpace};
@@ -39,21 +39,17 @@ use super::transaction;
 use super::{BlockDevicePolicy, Options};
 use crate::bitmap::{
     BitmapEntry, Bits, CheckpointState, Directory, DirtyBitmap, INTENT_REGIONS, LayerEntry, PreparedAction, Sidecar,
-    State, region_size_for,
+    State,
 };
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
+use crate::storage::Shm;
 use crate::storage::clock::now_ns;
-use crate::storage::shm::ShmRoot;
-use crate::storage::{Dir, Shm};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use crate::units::human_size;
 use std::sync::Arc;
 use uuid::Uuid;
-
-/// The sidecar's name in the state directory.
-pub(super) const SIDECAR: &str = "dirty.log";
 /// What all disks of a mount share.
 pub(super) struct Shared<'a> {
     pub options: &'a Options,
@@ -66,21 +62,6 @@ pub(super) struct Shared<'a> {
     pub block_devices: BlockDevicePolicy,
     /// Disks that are served already: one of them may coordinate a prepared change.
     pub known: Vec<Arc<Disk>>,
-}
-
-/// What the last user of the state left.
-enum Found {
-    New,
-    Clean,
-    /// Killed; its words are all there.
-    Killed(Box<dyn Shm>),
-    /// Its words are gone, what it made durable is there: the regions whose intent is set, and their size.
-    PowerLoss {
-        armed: Vec<u64>,
-        region_size: u64,
-    },
-    /// Why changes are not known.
-    Lost(String),
 }
 
 /// Opens the state of one disk, recovers what can be believed, and makes the disk.
@@ -179,22 +160,6 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
     Ok(disk)
 }
 
-/// The region size of the new session, and the regions that it finds armed.
-fn regions_of(found: &Found, sidecar: &Sidecar, image: &dyn Image) -> (u64, Vec<u64>) {
-    let size = image.size();
-    let (old, needed) = (sidecar.superblock().region_size, region_size_for(size.max(sidecar.directory().size)));
-    let all = || (0..size.div_ceil(needed)).collect();
-    match found {
-        // All was durable, and nobody wrote since, or will.
-        Found::Clean => (needed, Vec::new()),
-        _ if image.read_only() => (needed, Vec::new()),
-        // Whoever made the image, or wrote to it, may not have synced it.
-        Found::New | Found::Lost(_) => (needed, all()),
-        Found::Killed(_) | Found::PowerLoss { .. } if needed <= old => (old, sidecar.intents()),
-        Found::Killed(_) | Found::PowerLoss { .. } => (needed, all()),
-    }
-}
-
 fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {
     let (events, disk) = (shared.events.clone(), name.to_owned());
     let warn = move |used, limit| events.emit(&Event::StoreNearlyFull { disk: disk.clone(), used, limit });
@@ -261,86 +226,6 @@ fn after_power_loss(state: &Recovered, armed: &[u64], region_size: u64) -> Strin
         (None, 0) => "exact after a power loss".to_owned(),
         (None, 1) => format!("exact after a power loss but for 1 region of {}", human_size(region_size)),
         (None, _) => format!("exact after a power loss but for {count} regions of {}", human_size(region_size)),
-    }
-}
-
-/// Opens or makes the sidecar and looks at what the last user left.
-fn open_sidecar(
-    name: &str,
-    image: &dyn Image,
-    state: &dyn Dir,
-    root: &dyn ShmRoot,
-    devices: BlockDevicePolicy,
-) -> Result<(Sidecar, Found, Proof)> {
-    let new = || -> Result<Sidecar> {
-        let file = state.create(SIDECAR)?;
-        let sidecar = Sidecar::create(file, Directory::new(Uuid::new_v4(), image.size()))?;
-        state.sync()?;
-        Ok(sidecar)
-    };
-    if !state.exists(SIDECAR)? {
-        return Ok((new()?, Found::New, Proof::NoMark));
-    }
-    match Sidecar::open(state.open(SIDECAR)?) {
-        Ok(sidecar) => {
-            let proof = prove(image, &sidecar.superblock(), &sidecar.directory())?;
-            let (found, proof) = classify(&sidecar, image, root, proof, devices)?;
-            Ok((sidecar, found, proof))
-        }
-        // Damaged: what it knew is lost, which must not keep a guest from starting. Newer versions and I/O errors do.
-        Err(e) if e.errno() == errno::EINVAL => {
-            let aside = format!("{SIDECAR}.damaged-{}", now_ns());
-            state.rename(SIDECAR, &aside)?;
-            log::error!("disk '{name}': {e}; kept as {}", state.path(&aside).display());
-            Ok((new()?, Found::Lost(format!("its tracking state was damaged: {e}")), Proof::NoMark))
-        }
-        Err(e) => Err(e),
-    }
-}
-
-/// What was found, and what is left of the proof by then: a mark says nothing of who writes past the format.
-fn classify(
-    sidecar: &Sidecar,
-    image: &dyn Image,
-    root: &dyn ShmRoot,
-    proof: Proof,
-    devices: BlockDevicePolicy,
-) -> Result<(Found, Proof)> {
-    if let Some(reason) = super::foreign::unbelieved(image, devices) {
-        return Ok((Found::Lost(reason), proof.distrusted()));
-    }
-    let lost = |reason: &str| Ok((Found::Lost(reason.to_owned()), proof));
-    let touched = |reason: String| Ok((Found::Lost(reason), proof.touched()));
-    if let Some(reason) = proof.reason() {
-        return lost(reason);
-    }
-    let stamp = image.found_stamp()?;
-    match sidecar.superblock().state {
-        State::Clean { stamp: left } => match signs_since_close(&left, &stamp, image.is_block_device()) {
-            Some(reason) => touched(reason),
-            None => Ok((Found::Clean, proof)),
-        },
-        State::Open { nonce, boot_id } => {
-            let another_boot = boot_id != root.boot_id();
-            let words = if another_boot { None } else { root.find(&nonce.to_string())? };
-            let clock = words.as_ref().map(|words| words.open(CLOCK)).transpose()?.flatten();
-            let (Some(words), Some(clock)) = (words, clock) else {
-                // The mark proves more than any clock can.
-                let boot_ns = another_boot.then(|| root.boot_ns());
-                let heartbeat_ns = sidecar.superblock().heartbeat_ns;
-                if proof != Proof::Ours
-                    && let Some(reason) = super::foreign::signs_after_power_loss(image, &stamp, heartbeat_ns, boot_ns)
-                {
-                    return touched(reason);
-                }
-                let (armed, region_size) = (sidecar.intents(), sidecar.superblock().region_size);
-                return Ok((Found::PowerLoss { armed, region_size }, proof));
-            };
-            match signs_since_kill(image, &stamp, &clock) {
-                Some(reason) => touched(reason),
-                None => Ok((Found::Killed(words), proof)),
-            }
-        }
     }
 }
 

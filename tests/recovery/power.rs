@@ -154,6 +154,27 @@ fn a_guest_goes_on_where_a_region_cannot_be_armed_and_the_next_snapshot_begins_a
     assert_eq!(dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "t")), [3].into());
 }
 
+#[test]
+fn a_writer_waits_once_for_a_region_and_rarely_where_it_writes_in_order() {
+    const MIB: u64 = 1 << 20;
+    let host = Host::new(&["a"], 256 * MIB);
+    let fleece = host.mount();
+    let disk = fleece.disk("a").unwrap();
+    let waits = |places: &[u64]| {
+        let before = counter(&fleece, "intent_syncs");
+        places.iter().for_each(|mib| assert_eq!(disk.write(&[1; 10], mib * MIB).unwrap(), 10));
+        counter(&fleece, "intent_syncs") - before
+    };
+    (0..2).for_each(|_| fleece.disarm_idle());
+    assert_eq!(waits(&[5, 100, 50, 5, 50]), 3);
+    let in_order: Vec<u64> = (101..256).collect();
+    assert!(waits(&in_order) < 10);
+    assert_eq!(waits(&in_order), 0);
+    (0..3).for_each(|_| fleece.disarm_idle());
+    assert_eq!(counter(&fleece, "armed_regions"), 0);
+    assert_eq!(waits(&[7]), 1);
+}
+
 /// Status says that another program wrote, and the map everything.
 fn assert_foreign(fleece: &Fleece, what: &str) {
     let tracking = &fleece.disk_infos()[0].tracking;

@@ -38,6 +38,7 @@ pub mod errno {
     pub const ENOTCONN: i32 = 107;
     pub const ETIMEDOUT: i32 = 110;
     pub const ESTALE: i32 = 116;
+    pub const ECANCELED: i32 = 125;
 }
 
 /// What went wrong, where, and what to do about it. Boxed: the success path carries one pointer.

@@ -13,6 +13,7 @@
 
 mod file;
 mod format;
+pub mod jobs;
 mod runs;
 #[cfg(test)]
 mod tests;

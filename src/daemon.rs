@@ -4,7 +4,7 @@
 //! disks, bind the socket, mount, serve, and tell readiness only when the mount answers.
 //!
 //! End, in this order, whatever asked for it (SIGTERM, SIGINT, SIGHUP, `quit`, or an unmount from outside):
-//! 1. no more commands from the socket; those that run are waited for;
+//! 1. no more commands from the socket; those that run are waited for, and jobs are cancelled;
 //! 2. unmount. Where files are open (a guest's disk, a backup's view), the mount is detached from the tree, so that no
 //!    new opens come, and the last close is waited for [`BUSY_GRACE`], or until a second signal;
 //! 3. `Fleece::close` saves bitmaps and state. This happens in every case: whoever still has a file open gets errors
@@ -22,11 +22,12 @@ mod own_mount;
 pub use images::{absolute, check_images};
 pub use own_mount::OwnMount;
 
+use crate::backup::jobs::Jobs;
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Disk, DiskSpec, Fleece, Options, Snapshot, SnapshotRequest};
+use crate::fleece::{Action, Applied, Disk, DiskSpec, Fleece, Options, Refused, Snapshot, SnapshotRequest};
 use crate::fuse::control::Control;
 use crate::fuse::session::{self, MountOptions, Mounted};
-use crate::qmp::{Events, Host, Listener, Server};
+use crate::qmp::{Events, Host, Listener, Nodes, Server};
 use crate::storage::process;
 use sd_notify::NotifyState;
 use serde_json::{Value, json};
@@ -44,6 +45,8 @@ use std::time::{Duration, Instant};
 
 /// How long open files may keep a daemon that was asked to end.
 const BUSY_GRACE: Duration = Duration::from_secs(10);
+/// How long jobs may take to end.
+const JOB_GRACE: Duration = Duration::from_secs(30);
 /// How long a new mount may take to answer its first question.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -191,6 +194,7 @@ fn open_disks(plan: &Plan, events: &Arc<Events>) -> Result<Arc<Fleece>> {
 struct Served {
     mounted: Arc<Mounted>,
     server: Server,
+    jobs: Arc<Jobs>,
     pidfile: Option<PidFile>,
 }
 
@@ -212,7 +216,7 @@ impl Served {
         };
         let mounted = Arc::new(session::mount(fleece.clone(), &plan.mountpoint, &options)?);
         match Served::attach(plan, fleece, events, ends, listener, &mounted) {
-            Ok((server, pidfile)) => Ok(Served { mounted, server, pidfile }),
+            Ok((server, jobs, pidfile)) => Ok(Served { mounted, server, jobs, pidfile }),
             Err(e) => {
                 if let Err(second) = mounted.unmount(true) {
                     log::error!("{second}");
@@ -230,7 +234,7 @@ impl Served {
         ends: Sender<End>,
         listener: Listener,
         mounted: &Arc<Mounted>,
-    ) -> Result<(Server, Option<PidFile>)> {
+    ) -> Result<(Server, Arc<Jobs>, Option<PidFile>)> {
         let waiting = (mounted.clone(), ends.clone());
         spawn("mount-wait", move || {
             if let Err(e) = waiting.0.wait() {
@@ -238,7 +242,11 @@ impl Served {
             }
             let _ = waiting.1.send(End::Unmounted);
         })?;
+        let told = events.clone();
+        let jobs = Jobs::new(move |event| told.emit_job(event));
         let host = Arc::new(Daemon {
+            jobs: jobs.clone(),
+            nodes: Nodes::default(),
             fleece: fleece.clone(),
             control: mounted.control(),
             mountpoint: plan.mountpoint.clone(),
@@ -248,7 +256,7 @@ impl Served {
         let server = Server::start(listener, host, events.clone())?;
         wait_answer(&plan.mountpoint)?;
         let pidfile = plan.pidfile.as_deref().map(PidFile::write).transpose()?;
-        Ok((server, pidfile))
+        Ok((server, jobs, pidfile))
     }
 
     /// Waits until somebody asks for the end.
@@ -263,6 +271,7 @@ impl Served {
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         events.emit("SHUTDOWN", &json!({ "guest": false, "reason": cause.reason() }));
         self.server.stop();
+        self.jobs.stop(JOB_GRACE);
         if cause != End::Unmounted {
             unmount(&self.mounted, end);
         }
@@ -362,6 +371,8 @@ fn status(fleece: &Fleece, qmp: &Path) -> Value {
 /// What the control socket's commands act on.
 struct Daemon {
     fleece: Arc<Fleece>,
+    jobs: Arc<Jobs>,
+    nodes: Nodes,
     control: Arc<Control>,
     mountpoint: PathBuf,
     qmp: PathBuf,
@@ -375,6 +386,18 @@ impl Host for Daemon {
 
     fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
         self.control.create_snapshot(request)
+    }
+
+    fn apply(&self, actions: &[Action]) -> std::result::Result<Applied, Refused> {
+        self.control.apply(actions)
+    }
+
+    fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
 
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {

@@ -1,8 +1,9 @@
 //! The control socket against the core: what a QMP client sees, over a real socket and real images.
 
+use fleecefs::backup::jobs::Jobs;
 use fleecefs::error::Result;
-use fleecefs::fleece::{Disk, DiskSpec, Event, Fleece, Options, Snapshot, SnapshotRequest};
-use fleecefs::qmp::{Client, Events, Host, Listener, Server, server::MAX_CONNECTIONS};
+use fleecefs::fleece::{Action, Applied, Disk, DiskSpec, Event, Fleece, Options, Refused, Snapshot, SnapshotRequest};
+use fleecefs::qmp::{Client, Events, Host, Listener, Nodes, Server, server::MAX_CONNECTIONS};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -15,6 +16,8 @@ use std::time::Duration;
 /// The daemon without FUSE and signals.
 struct TestHost {
     fleece: Arc<Fleece>,
+    jobs: Arc<Jobs>,
+    nodes: Nodes,
     quits: Sender<()>,
 }
 
@@ -24,6 +27,15 @@ impl Host for TestHost {
     }
     fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
         self.fleece.create_snapshot(request)
+    }
+    fn apply(&self, actions: &[Action]) -> std::result::Result<Applied, Refused> {
+        self.fleece.apply(actions)
+    }
+    fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+    fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
         self.fleece.add_disk(spec)
@@ -39,6 +51,7 @@ impl Host for TestHost {
 struct Fixture {
     dir: tempfile::TempDir,
     fleece: Arc<Fleece>,
+    jobs: Arc<Jobs>,
     events: Arc<Events>,
     server: Option<Server>,
     quits: Receiver<()>,
@@ -54,10 +67,13 @@ impl Fixture {
         let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
         let events = Arc::new(Events::default());
         let (quits, quit) = channel();
-        let host = Arc::new(TestHost { fleece: fleece.clone(), quits });
+        let told = events.clone();
+        let jobs = Jobs::new(move |event| told.emit_job(event));
+        let nodes = Nodes::default();
+        let host = Arc::new(TestHost { fleece: fleece.clone(), jobs: jobs.clone(), nodes, quits });
         let listener = Listener::bind(&dir.path().join("qmp")).unwrap();
         let server = Server::start(listener, host, events.clone()).unwrap();
-        let fixture = Fixture { dir, fleece, events, server: Some(server), quits: quit };
+        let fixture = Fixture { dir, fleece, jobs, events, server: Some(server), quits: quit };
         let image = fixture.image("vda");
         fixture.fleece.add_disk(&spec("vda", image)).unwrap();
         fixture

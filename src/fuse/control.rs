@@ -19,7 +19,7 @@ use super::inodes::Inode;
 use super::node::Node;
 use super::tree::Tree;
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Snapshot, SnapshotRequest};
+use crate::fleece::{Action, Applied, Refused, Snapshot, SnapshotRequest};
 use parking_lot::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -89,16 +89,40 @@ impl Control {
     /// Takes a snapshot, after the kernel wrote back what is dirty in shared mappings of the live files. Not for a
     /// FUSE worker.
     pub fn create_snapshot(self: &Arc<Self>, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
+        let request = request.clone();
+        self.on_thread(move |control| control.freeze(&request)).unwrap_or_else(|| Err(going_away()))
+    }
+
+    /// Makes changes of bitmaps and snapshots at one instant; where there is a snapshot among them, as
+    /// [`Control::create_snapshot`] does. Not for a FUSE worker.
+    pub fn apply(self: &Arc<Self>, actions: &[Action]) -> std::result::Result<Applied, Refused> {
+        if !actions.iter().any(|action| matches!(action, Action::Snapshot(_))) {
+            return self.tree.fleece.apply(actions);
+        }
+        let actions = actions.to_vec();
+        let applied = self.on_thread(move |control| {
+            for action in &actions {
+                if let Action::Snapshot(request) = action {
+                    control.write_back(request);
+                }
+            }
+            control.tree.fleece.apply(&actions)
+        });
+        applied.unwrap_or_else(|| Err(going_away().into()))
+    }
+
+    /// Runs something on the control thread and waits for it; `None` where that has ended.
+    fn on_thread<T: Send + 'static>(self: &Arc<Self>, run: impl FnOnce(&Control) -> T + Send + 'static) -> Option<T> {
         if thread::current().id() == self.thread_id {
-            return self.freeze(request);
+            return Some(run(self));
         }
         let (sender, receiver) = channel();
-        let (control, request) = (self.clone(), request.clone());
+        let control = self.clone();
         self.run(Box::new(move || {
             // The caller waits below: it cannot have gone.
-            let _ = sender.send(control.freeze(&request));
+            let _ = sender.send(run(&control));
         }));
-        receiver.recv().unwrap_or_else(|_| Err(going_away()))
+        receiver.recv().ok()
     }
 
     /// Resizes a disk and has the kernel ask for its new size. Not for a FUSE worker.
@@ -140,6 +164,12 @@ impl Control {
     }
 
     fn freeze(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
+        self.write_back(request);
+        self.tree.fleece.create_snapshot(request)
+    }
+
+    /// Has the kernel write back what is dirty in shared mappings of the disks that are about to be frozen.
+    fn write_back(&self, request: &SnapshotRequest) {
         if let Some(kernel) = self.kernel.get() {
             let disks = self.tree.fleece.disks();
             let wanted = |name: &str| request.disks.is_empty() || request.disks.iter().any(|disk| disk == name);
@@ -150,7 +180,6 @@ impl Control {
                 }
             }
         }
-        self.tree.fleece.create_snapshot(request)
     }
 }
 

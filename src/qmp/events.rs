@@ -2,6 +2,7 @@
 
 use super::codec::encode;
 use super::outbox::Outbox;
+use crate::backup::jobs::{JobEvent, JobInfo};
 use crate::fleece::Event;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -45,6 +46,34 @@ impl Events {
     pub fn emit_core(&self, event: &Event) {
         let (name, data) = core_event(event);
         self.emit(&name, &data);
+    }
+
+    /// Queues what happened to a job, in QEMU's form.
+    pub fn emit_job(&self, event: &JobEvent) {
+        let (name, data) = job_event(event);
+        self.emit(name, &data);
+    }
+}
+
+fn job_event(event: &JobEvent) -> (&'static str, Value) {
+    let ended = |info: &JobInfo| {
+        let (current, total, speed) = (info.current, info.total, info.speed);
+        json!({ "type": info.kind, "device": info.id, "len": total, "offset": current, "speed": speed })
+    };
+    match event {
+        JobEvent::Status(id, status) => ("JOB_STATUS_CHANGE", json!({ "id": id, "status": status.name() })),
+        JobEvent::Pending(info) => ("BLOCK_JOB_PENDING", json!({ "type": info.kind, "id": info.id })),
+        JobEvent::Cancelled(info) => ("BLOCK_JOB_CANCELLED", ended(info)),
+        JobEvent::Completed(info) => {
+            let mut data = ended(info);
+            if let Some(error) = &info.error {
+                data["error"] = json!(error);
+            }
+            ("BLOCK_JOB_COMPLETED", data)
+        }
+        JobEvent::Error { id, operation, action } => {
+            ("BLOCK_JOB_ERROR", json!({ "device": id, "operation": operation, "action": action }))
+        }
     }
 }
 

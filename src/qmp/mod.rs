@@ -5,6 +5,8 @@
 //! negotiation, dispatch of one connection), [`commands`] (one file per group of commands), [`args`] (strict argument
 //! checking with QEMU's texts), [`codec`] (bytes to JSON values, pure). [`client`] is what the command line uses.
 //!
+//! [`nodes`] are the block nodes that are no disks.
+//!
 //! Invariants:
 //! - Who may command: root and the user that the daemon runs as, by the peer's credentials, whatever the socket's mode.
 //! - An event never waits: it is queued for each negotiated connection, and a client that does not read loses its
@@ -16,16 +18,19 @@ pub mod client;
 pub mod codec;
 pub mod commands;
 pub mod events;
+pub mod nodes;
 pub mod outbox;
 pub mod server;
 pub mod session;
 
 pub use client::Client;
 pub use events::Events;
+pub use nodes::Nodes;
 pub use server::{Listener, Server};
 
+use crate::backup::jobs::Jobs;
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Disk, DiskSpec, Fleece, Snapshot, SnapshotRequest};
+use crate::fleece::{Action, Applied, Disk, DiskSpec, Fleece, Refused, Snapshot, SnapshotRequest};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -35,6 +40,12 @@ pub trait Host: Send + Sync {
     fn fleece(&self) -> &Fleece;
     /// Takes a snapshot with everything that belongs to it (write-back of mapped pages first).
     fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>>;
+    /// Makes changes of bitmaps and snapshots at one instant, with everything that belongs to a snapshot.
+    fn apply(&self, actions: &[Action]) -> std::result::Result<Applied, Refused>;
+    /// The jobs.
+    fn jobs(&self) -> &Jobs;
+    /// The file nodes.
+    fn nodes(&self) -> &Nodes;
     /// Serves one more image.
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>>;
     /// What `status.json` holds.
@@ -52,6 +63,8 @@ pub enum ErrorClass {
     CommandNotFound,
     /// What a `fleecefs-` command names does not exist.
     DeviceNotFound,
+    /// No such block job.
+    DeviceNotActive,
 }
 
 impl ErrorClass {
@@ -60,6 +73,7 @@ impl ErrorClass {
             ErrorClass::GenericError => "GenericError",
             ErrorClass::CommandNotFound => "CommandNotFound",
             ErrorClass::DeviceNotFound => "DeviceNotFound",
+            ErrorClass::DeviceNotActive => "DeviceNotActive",
         }
     }
 }
@@ -106,6 +120,12 @@ impl From<Error> for CommandError {
     fn from(e: Error) -> Self {
         let class = if e.errno() == errno::ENOENT { ErrorClass::DeviceNotFound } else { ErrorClass::GenericError };
         CommandError { class, desc: e.to_string(), errno: Some(e.errno()), hint: e.hint_text().map(str::to_owned) }
+    }
+}
+
+impl From<Refused> for CommandError {
+    fn from(refused: Refused) -> Self {
+        CommandError { errno: Some(refused.errno), hint: refused.hint, ..CommandError::generic(refused.text) }
     }
 }
 

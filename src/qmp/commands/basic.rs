@@ -23,7 +23,9 @@ fn query_version(_: &dyn Host, arguments: Arguments) -> CommandResult {
 
 fn query_commands(_: &dyn Host, arguments: Arguments) -> CommandResult {
     arguments.finish()?;
-    Ok(all().map(|command| json!({ "name": command.name })).collect::<Vec<Value>>().into())
+    let mut names: Vec<&str> = all().map(|command| command.name).collect();
+    names.sort_unstable();
+    Ok(names.into_iter().map(|name| json!({ "name": name })).collect::<Vec<Value>>().into())
 }
 
 fn query_status(_: &dyn Host, arguments: Arguments) -> CommandResult {

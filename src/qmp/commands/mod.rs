@@ -1,9 +1,13 @@
 //! The commands by name: one file per group, each with its own table, put together in [`GROUPS`].
 
 mod basic;
+mod bitmap;
 mod checkpoint;
 mod disk;
+mod job;
+mod node;
 mod snapshot;
+mod transaction;
 
 use super::args::Arguments;
 use super::{CommandResult, Host};
@@ -30,7 +34,16 @@ impl Command {
     }
 }
 
-const GROUPS: &[&[Command]] = &[basic::COMMANDS, disk::COMMANDS, snapshot::COMMANDS, checkpoint::COMMANDS];
+const GROUPS: &[&[Command]] = &[
+    basic::COMMANDS,
+    bitmap::COMMANDS,
+    checkpoint::COMMANDS,
+    disk::COMMANDS,
+    job::COMMANDS,
+    node::COMMANDS,
+    snapshot::COMMANDS,
+    transaction::COMMANDS,
+];
 
 /// All commands, group by group.
 pub fn all() -> impl Iterator<Item = &'static Command> {

@@ -14,13 +14,13 @@ pub(super) const COMMANDS: &[Command] = &[
     Command::new("fleecefs-snapshot-list", list),
 ];
 
-/// Returns the manifest. `since` names a checkpoint, `consumer` a consumer whose checkpoint is meant.
-fn create(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+/// The arguments of `fleecefs-snapshot-create`. `since` names a checkpoint, `consumer` a consumer whose checkpoint is
+/// meant.
+pub(super) fn request(arguments: &mut Arguments) -> Result<SnapshotRequest, CommandError> {
     let name = arguments.string("name")?;
     let disks = arguments.strings("disks")?;
     let since = arguments.optional_string("since")?;
     let consumer = arguments.optional_string("consumer")?;
-    arguments.finish()?;
     let since = match (since, consumer) {
         (Some(_), Some(_)) => {
             return Err(CommandError::generic("Parameters 'since' and 'consumer' cannot be used together"));
@@ -29,8 +29,14 @@ fn create(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
         (None, Some(consumer)) => Some(Since::Consumer(consumer)),
         (None, None) => None,
     };
-    let snapshot = host.create_snapshot(&SnapshotRequest { name, disks, since })?;
-    Ok(snapshot.manifest())
+    Ok(SnapshotRequest { name, disks, since })
+}
+
+/// Returns the manifest.
+fn create(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let request = self::request(&mut arguments)?;
+    arguments.finish()?;
+    Ok(host.create_snapshot(&request)?.manifest())
 }
 
 fn complete(host: &dyn Host, mut arguments: Arguments) -> CommandResult {

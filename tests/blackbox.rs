@@ -49,6 +49,8 @@ mod qcow2_cells;
 mod qcow2_matrix;
 #[path = "blackbox/qmp.rs"]
 mod qmp;
+#[path = "blackbox/qmp_peer.rs"]
+mod qmp_peer;
 #[path = "blackbox/snapshots.rs"]
 mod snapshots;
 #[path = "blackbox/sparse.rs"]

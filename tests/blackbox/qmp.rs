@@ -1,10 +1,10 @@
 //! The control socket speaks QMP: to a client of a few lines, and to QEMU's own.
 
 use crate::harness::*;
+use crate::qmp_peer::python_with_qmp;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 struct Client {
@@ -129,29 +129,10 @@ fn quit_ends_the_daemon_cleanly() {
     assert_eq!(mount.run("status", args![]).status.code(), Some(0));
 }
 
-/// QEMU's Python client, from PyPI, in a virtual environment of its own.
-fn qemu_qmp_python() -> Option<PathBuf> {
-    let venv = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("qemu-qmp");
-    let python = venv.join("bin/python");
-    let works = || tool(&python).args(["-c", "import qemu.qmp"]).output().is_ok_and(|o| o.status.success());
-    if works() {
-        return Some(python);
-    }
-    let made = tool("python3").args(["-m", "venv"]).arg(&venv).output().is_ok_and(|o| o.status.success());
-    let pip =
-        || tool(&python).args(["-m", "pip", "install", "-q", "--timeout", "10", "--retries", "1", "qemu.qmp"]).output();
-    (made && pip().is_ok_and(|o| o.status.success()) && works()).then_some(python)
-}
-
 #[test]
 fn qemus_own_client_drives_it() {
     requires!("python3");
-    let Some(python) = qemu_qmp_python() else {
-        let text = "qmp: without the qemu.qmp package of PyPI";
-        assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "{text}");
-        say(&format!("skip {text}"));
-        return;
-    };
+    let Some(python) = python_with_qmp("qmp") else { return };
     let rig = Rig::new();
     let mount = rig.mount([rig.image("vda", 1)]);
     let script = r#"

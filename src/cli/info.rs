@@ -6,7 +6,8 @@ use super::{Exit, JsonArg};
 use crate::error::{Error, Result};
 use crate::image::Format;
 use crate::image::qcow2::bitmaps_format::{Directory, Entry};
-use crate::image::qcow2::header::{Compression, Encryption, Header, compatible};
+use crate::image::qcow2::describe::describe;
+use crate::image::qcow2::header::Header;
 use crate::image::qcow2::look_at_header;
 use crate::image::qcow2::snapshots::{Snapshot, SnapshotTable};
 use crate::storage::Storage;
@@ -122,83 +123,18 @@ impl Info {
     }
 }
 
-fn compression_name(header: &Header) -> &'static str {
-    match header.compression {
-        Compression::Zlib => "zlib",
-        Compression::Zstd => "zstd",
-    }
-}
-
-fn encryption_name(header: &Header) -> Option<&'static str> {
-    header.encryption.map(|encryption| match encryption {
-        Encryption::Aes => "aes",
-        Encryption::Luks => "luks",
-    })
-}
-
-/// A relative name is relative to the image's directory, as in QEMU.
-fn beside(path: &Path, name: &str) -> String {
-    let has_protocol = name.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
-    if has_protocol {
-        return name.to_owned();
-    }
-    path.parent().unwrap_or(Path::new("")).join(name).to_string_lossy().into_owned()
-}
-
 impl Qcow2Info {
-    fn compat(&self) -> &'static str {
-        if self.header.version == 2 { "0.10" } else { "1.1" }
-    }
-
-    fn lazy_refcounts(&self) -> bool {
-        self.header.compatible_features & compatible::LAZY_REFCOUNTS != 0
-    }
-
-    fn backing(&self) -> Option<String> {
-        self.header.backing.as_ref().map(|backing| String::from_utf8_lossy(&backing.name).into_owned())
-    }
-
-    fn data_file(&self) -> Option<String> {
-        self.header.extensions.data_file().map(|name| String::from_utf8_lossy(name).into_owned())
-    }
-
     fn as_json(&self, path: &Path, object: &mut Map<String, Value>) {
-        object.insert("dirty-flag".into(), json!(self.header.is_dirty()));
-        object.insert("cluster-size".into(), json!(self.header.cluster_size()));
-        if let Some(backing) = self.backing() {
-            object.insert("full-backing-filename".into(), json!(beside(path, &backing)));
-            object.insert("backing-filename".into(), json!(backing));
-        }
-        if let Some(format) = self.header.extensions.backing_format() {
-            object.insert("backing-filename-format".into(), json!(format));
-        }
+        describe(&self.header, path, object);
         if !self.snapshots.is_empty() {
             object.insert("snapshots".into(), self.snapshots.iter().map(snapshot_json).collect());
         }
-        let mut data = Map::new();
-        data.insert("compat".into(), json!(self.compat()));
-        data.insert("compression-type".into(), json!(compression_name(&self.header)));
-        data.insert("refcount-bits".into(), json!(1u64 << self.header.refcount_order));
-        if self.header.version >= 3 {
-            data.insert("lazy-refcounts".into(), json!(self.lazy_refcounts()));
-            data.insert("corrupt".into(), json!(self.header.is_corrupt()));
-            data.insert("extended-l2".into(), json!(self.header.has_extended_l2()));
-        }
-        if let Some(name) = encryption_name(&self.header) {
-            object.insert("encrypted".into(), json!(true));
-            data.insert("encrypt".into(), json!({ "format": name }));
-        }
-        if let Some(name) = self.data_file() {
-            data.insert("data-file".into(), json!(name));
-        }
-        if self.header.has_data_file() {
-            data.insert("data-file-raw".into(), json!(self.header.has_raw_data_file()));
-        }
         if let Some(directory) = &self.bitmaps {
             let list = directory.all.iter().map(|entry| bitmap_json(entry, &self.header, directory.consistent));
-            data.insert("bitmaps".into(), list.collect());
+            if let Some(specific) = object.get_mut("format-specific") {
+                specific["data"]["bitmaps"] = list.collect();
+            }
         }
-        object.insert("format-specific".into(), json!({ "type": "qcow2", "data": data }));
         if !self.faults.is_empty() {
             object.insert("faults".into(), json!(self.faults));
         }
@@ -208,21 +144,21 @@ impl Qcow2Info {
         let header = &self.header;
         let yes_no = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
         rows.push(("cluster size", human_size(header.cluster_size())));
-        if let Some(backing) = self.backing() {
+        if let Some(backing) = header.backing_name() {
             let format = header.extensions.backing_format().unwrap_or("format not recorded");
             rows.push(("backing file", format!("{backing} ({format})")));
         }
-        rows.push(("compat", self.compat().into()));
-        rows.push(("compression type", compression_name(header).into()));
+        rows.push(("compat", header.compat().into()));
+        rows.push(("compression type", header.compression_name().into()));
         rows.push(("refcount bits", (1u64 << header.refcount_order).to_string()));
         if header.version >= 3 {
-            rows.push(("lazy refcounts", yes_no(self.lazy_refcounts())));
+            rows.push(("lazy refcounts", yes_no(header.lazy_refcounts())));
             rows.push(("extended L2", yes_no(header.has_extended_l2())));
         }
-        if let Some(name) = encryption_name(header) {
+        if let Some(name) = header.encryption_name() {
             rows.push(("encrypted", format!("yes ({name}): it cannot be served")));
         }
-        if let Some(name) = self.data_file() {
+        if let Some(name) = header.data_file_name() {
             rows.push(("data file", format!("{name}{}", if header.has_raw_data_file() { " (raw)" } else { "" })));
         }
         if header.is_dirty() {
@@ -307,15 +243,6 @@ fn vm_clock(clock_ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_relative_to_the_image_unless_they_say_otherwise() {
-        let image = Path::new("/a/b.qcow2");
-        assert_eq!(beside(image, "base.raw"), "/a/base.raw");
-        assert_eq!(beside(image, "/c/base.raw"), "/c/base.raw");
-        assert_eq!(beside(image, "nbd:unix:/s"), "nbd:unix:/s");
-        assert_eq!(beside(image, "./x:y"), "/a/./x:y");
-    }
 
     #[test]
     fn the_guest_clock_is_hours_and_milliseconds() {

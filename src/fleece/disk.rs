@@ -183,6 +183,11 @@ impl Disk {
         self.image.format()
     }
 
+    /// Adds to an ImageInfo, in QEMU's names, what the image's format knows of it.
+    pub fn describe_image(&self, object: &mut serde_json::Map<String, serde_json::Value>) {
+        self.image.describe(object);
+    }
+
     pub(super) fn image(&self) -> &Arc<dyn Image> {
         &self.image
     }

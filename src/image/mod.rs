@@ -7,6 +7,7 @@ use self::persistent::{PersistentBitmaps, StoredBitmaps};
 use crate::error::{Error, Result, errno};
 use crate::storage::lock::Access;
 use crate::storage::{BlockStatus, Stamp};
+use serde_json::{Map, Value};
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -197,6 +198,10 @@ pub trait Image: Send + Sync + Debug {
     /// Bytes of a cluster, where the format has them.
     fn cluster_bytes(&self) -> Option<u64> {
         None
+    }
+    /// Adds to an ImageInfo, in QEMU's names, what the format knows of the image.
+    fn describe(&self, object: &mut Map<String, Value>) {
+        let _ = object;
     }
     /// The format.
     fn format(&self) -> Format;

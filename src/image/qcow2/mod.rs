@@ -8,6 +8,7 @@
 //! | [`host`] | the file, and what entries may point to in it |
 //! | [`mapping`] | from guest offsets to runs of bytes with one source, and changes of that |
 //! | [`compressed`] | compressed clusters |
+//! | [`describe`] | what the header tells, in QEMU's names |
 //! | `chain` | opening an image and all that lies below it |
 //! | [`files`] | which files these are |
 //! | `write` | changes of guest data: in place, or allocate, fill, sync, publish |
@@ -42,6 +43,7 @@ use super::{Format, Image, OpenOptions};
 use crate::error::{Error, Result, errno};
 use crate::storage::{BlockStatus, SharedStorage, Stamp, Storage};
 use crate::units::MAX_DISK_BYTES;
+use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -53,6 +55,7 @@ mod bitmaps_store;
 mod chain;
 pub mod check;
 pub mod compressed;
+pub mod describe;
 pub mod extensions;
 pub mod files;
 pub mod header;
@@ -386,6 +389,10 @@ impl Image for Qcow2Image {
 
     fn cluster_bytes(&self) -> Option<u64> {
         Some(self.header.cluster_size())
+    }
+
+    fn describe(&self, object: &mut Map<String, Value>) {
+        describe::describe(&self.header, self.path(), object);
     }
 
     fn format(&self) -> Format {

@@ -348,9 +348,16 @@ fn image_row(filename: &Path, format: &str, size: u64) -> Map<String, Value> {
 }
 
 fn disk_row(host: &dyn Host, disk: &Disk) -> CommandResult {
-    let image = image_row(disk.image_path(), &disk.format().to_string(), disk.size());
     let driver = disk.format().to_string();
+    let mut image = image_row(disk.image_path(), &driver, disk.size());
+    disk.describe_image(&mut image);
+    // While it is served its refcounts may be late, which QEMU does not tell of an image in use either.
+    image.insert("dirty-flag".into(), json!(false));
+    let backing_file = image.get("backing-filename").cloned();
     let mut row = node_row(host, disk.name(), &driver, disk.image_path(), disk.read_only(), image.into());
+    if let Some(backing_file) = backing_file {
+        row["backing_file"] = backing_file;
+    }
     let bitmaps = host.fleece().bitmaps(disk.name())?;
     if !bitmaps.is_empty() {
         row["dirty-bitmaps"] = bitmaps.iter().map(bitmap_row).collect::<Vec<Value>>().into();

@@ -7,6 +7,8 @@
 #[macro_use]
 mod harness;
 
+#[path = "blackbox/bitmaps.rs"]
+mod bitmaps;
 #[path = "blackbox/consumers.rs"]
 mod consumers;
 #[path = "blackbox/crash.rs"]

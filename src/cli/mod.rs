@@ -4,6 +4,7 @@
 //! Exit codes: 0 done; 1 differs or not found, or problems exist (`status`); 2 error; 3 done, but a full map where
 //! changes were asked for.
 
+mod bitmap;
 mod check;
 mod checkpoint;
 mod connect;
@@ -54,6 +55,9 @@ enum Command {
     /// Readers of changes, each with the checkpoint that it last finished
     #[command(subcommand)]
     Consumer(consumer::ConsumerCommand),
+    /// Dirty bitmaps, as QEMU's
+    #[command(subcommand)]
+    Bitmap(bitmap::BitmapCommand),
     /// Print what changed on a disk of a snapshot
     Map(map::MapArgs),
     /// Check a qcow2 image, and repair it; exit code 1 where faults are left
@@ -90,6 +94,7 @@ impl Command {
             Command::Snapshot(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
             Command::Consumer(command) => command.run(),
+            Command::Bitmap(command) => command.run(),
             Command::Map(args) => args.run(),
             Command::Check(args) => args.run(),
             Command::Info(args) => args.run(),
@@ -166,6 +171,13 @@ mod tests {
             "consumer list /mnt",
             "consumer set /mnt c s",
             "consumer delete /mnt c",
+            "bitmap add /mnt a b -g 64K --persistent false --disabled",
+            "bitmap remove /mnt a b",
+            "bitmap clear /mnt a b",
+            "bitmap enable /mnt a b",
+            "bitmap disable /mnt a b",
+            "bitmap merge /mnt a b c d -b e",
+            "bitmap list /mnt a --json",
             "map /mnt s a --since c --output borg",
             "map /mnt s a --totals --json",
             "demo /tmp",
@@ -183,6 +195,8 @@ mod tests {
             "mount --chunk 2K a m",
             "map /mnt s a --output xml",
             "backup /mnt",
+            "bitmap merge /mnt a b",
+            "bitmap add /mnt a b -g x",
             "mount --nbd x a m",
             "snapshot create /mnt s --freeze x",
             "map /mnt s a --output borg --json",

@@ -49,7 +49,7 @@ impl Client {
         let greeting = client.receive()?;
         if greeting.get("QMP").is_none() {
             return Err(match greeting.get("error") {
-                Some(error) => refusal("connect", error),
+                Some(error) => refusal(None, "connect", error),
                 None => client.broken("no greeting of a QMP server"),
             });
         }
@@ -59,6 +59,15 @@ impl Client {
 
     /// Runs one command; events that come before its reply are skipped.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.ask(None, command, arguments)
+    }
+
+    /// Runs one command about `what`: its errors name that, and have the daemon's whole text as their reason.
+    pub fn execute_for(&mut self, what: &str, command: &str, arguments: Value) -> Result<Value> {
+        self.ask(Some(what), command, arguments)
+    }
+
+    fn ask(&mut self, what: Option<&str>, command: &str, arguments: Value) -> Result<Value> {
         self.last_id += 1;
         let request = json!({ "execute": command, "arguments": arguments, "id": self.last_id });
         let path = self.path.clone();
@@ -69,7 +78,7 @@ impl Client {
                 continue;
             }
             if let Some(error) = message.get("error") {
-                return Err(refusal(command, error));
+                return Err(refusal(what, command, error));
             }
             return Ok(message.get_mut("return").map(Value::take).unwrap_or_default());
         }
@@ -99,15 +108,16 @@ impl Client {
 }
 
 /// The daemon's error, in the words that it had there.
-fn refusal(command: &str, error: &Value) -> Error {
+fn refusal(what: Option<&str>, command: &str, error: &Value) -> Error {
     let Ok(refusal) = Refusal::deserialize(error) else {
         return Error::new(errno::EIO, command, error.to_string());
     };
     let number = refusal.errno.unwrap_or(errno::EINVAL);
-    // `WHAT: WHY` of the daemon's error is taken apart again, so that it is printed once and unchanged.
-    let e = match refusal.desc.split_once(": ") {
-        Some((what, why)) => Error::new(number, what, why),
-        None => Error::new(number, command, refusal.desc),
+    let e = match (what, refusal.desc.split_once(": ")) {
+        (Some(what), _) => Error::new(number, what, refusal.desc),
+        // `WHAT: WHY` of the daemon's error is taken apart again, so that it is printed once and unchanged.
+        (None, Some((what, why))) => Error::new(number, what, why),
+        (None, None) => Error::new(number, command, refusal.desc),
     };
     match refusal.hint {
         Some(hint) => e.hint(hint),
@@ -122,13 +132,16 @@ mod tests {
     #[test]
     fn the_daemons_error_keeps_text_errno_and_hint() {
         let e = refusal(
+            None,
             "c",
             &json!({"class": "DeviceNotFound", "desc": "snapshot 'a': not found: really", "errno": 2, "hint": "h"}),
         );
         assert_eq!(e.to_string(), "snapshot 'a': not found: really");
         assert_eq!((e.errno(), e.hint_text()), (errno::ENOENT, Some("h")));
-        let e = refusal("c", &json!({"class": "GenericError", "desc": "Parameter 'x' is missing"}));
-        assert_eq!(e.to_string(), "c: Parameter 'x' is missing");
+        let missing = json!({"class": "GenericError", "desc": "Parameter 'x' is missing"});
+        assert_eq!(refusal(None, "c", &missing).to_string(), "c: Parameter 'x' is missing");
+        let exists = json!({"class": "GenericError", "desc": "Bitmap already exists: b"});
+        assert_eq!(refusal(Some("bitmap 'b'"), "c", &exists).to_string(), "bitmap 'b': Bitmap already exists: b");
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub struct StorageDaemon {
 }
 
 impl StorageDaemon {
-    /// Serves images, each as a node of its name and format.
-    pub fn start(rig: &Rig, images: &[(&str, &str, PathBuf)]) -> StorageDaemon {
+    /// Serves images, each as a node of its name and format, all of them read-only or none.
+    pub fn start(rig: &Rig, images: &[(&str, &str, PathBuf)], read_only: bool) -> StorageDaemon {
         let (socket, nbd) = (rig.path("qemu.qmp"), rig.path("qemu.nbd"));
         // What the last one left, where it was killed.
         let _ = std::fs::remove_file(&socket);
@@ -44,10 +44,14 @@ impl StorageDaemon {
             .arg(format!("addr.type=unix,addr.path={},max-connections=0", nbd.display()));
         for (node, format, image) in images {
             let file = format!("file.driver=file,file.filename={},file.discard=unmap", image.display());
-            command.arg("--blockdev").arg(format!("driver={format},node-name={node},discard=unmap,{file}"));
-            command.arg("--export").arg(format!("type=nbd,id=export-{node},node-name={node},name={node},writable=on"));
+            let (mode, writable) = if read_only { ("on", "off") } else { ("off", "on") };
+            let node_options = format!("driver={format},node-name={node},discard=unmap,read-only={mode}");
+            command.arg("--blockdev").arg(format!("{node_options},{file}"));
+            let export = format!("type=nbd,id=export-{node},node-name={node},name={node},writable={writable}");
+            command.arg("--export").arg(export);
         }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = quiet.spawn().unwrap();
         let daemon = StorageDaemon { child, socket, nbd };
         eventually("the socket of qemu-storage-daemon", || {
             std::os::unix::net::UnixStream::connect(&daemon.nbd).is_ok() && daemon.socket.exists()
@@ -111,7 +115,7 @@ impl Images {
     }
 }
 
-/// A script's config for one side and phase.
+/// A script's config for one side and phase; `read-only` in it is told to both servers.
 type More<'a> = &'a dyn Fn(&str, u64) -> Value;
 
 /// Runs a script on both sides in as many phases, each with the servers started anew, and compares line by line.
@@ -122,16 +126,19 @@ fn compare(name: &str, images: &[(&'static str, &'static str, u64)], phases: u64
     let rig = Rig::new();
     let (ours, qemus) = (Images::make(&rig, "ours", images), Images::make(&rig, "qemus", images));
     for phase in 0..phases {
+        let read_only = more("", phase)["read-only"] == true;
         let mut specs = Vec::new();
         for (disk, format, image) in &ours.list {
-            specs.extend(["--disk".to_owned(), format!("name={disk},file={},format={format}", image.display())]);
+            let mode = if read_only { ",read-only" } else { "" };
+            let spec = format!("name={disk},file={},format={format}{mode}", image.display());
+            specs.extend(["--disk".to_owned(), spec]);
         }
         let mount = rig.mount(specs);
         let socket = PathBuf::from(mount.status()["qmp"].as_str().unwrap());
         let live = |disk: &str| mount.live(disk).display().to_string();
         let our_lines = script(&python, name, &ours.config("fleecefs", &socket, live, &more("ours", phase)));
         mount.umount();
-        let daemon = StorageDaemon::start(&rig, &qemus.list);
+        let daemon = StorageDaemon::start(&rig, &qemus.list, read_only);
         let config = qemus.config("qemu", &daemon.socket, |disk| daemon.guest(disk), &more("qemus", phase));
         let qemus_lines = script(&python, name, &config);
         daemon.end();
@@ -166,7 +173,8 @@ fn bits_counts_hashes_and_rollbacks_are_qemus() {
 
 #[test]
 fn bitmaps_go_through_resizes_and_closes_as_in_qemu() {
-    compare("sizes.py", &[("q", "qcow2", 64 << 30)], 4, &|_, phase| json!({ "phase": phase }));
+    let more = |_: &str, phase| json!({ "phase": phase, "read-only": phase == 2 });
+    compare("sizes.py", &[("q", "qcow2", 64 << 30)], 4, &more);
 }
 
 #[test]
@@ -179,6 +187,32 @@ fn nodes_come_and_go_as_in_qemu() {
         std::fs::write(dir.join("n.raw"), vec![0; MIB as usize]).unwrap();
         ok(tool("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(dir.join("n.qcow2")).arg("2M"));
     }
-    let dir = |side: &str, _| json!({ "dir": rig.path(side) });
+    let dir = |side: &str, _| json!({ "dir": rig.path(if side.is_empty() { "ours" } else { side }) });
     compare("nodes.py", &[("a", "raw", MIB)], 1, &dir);
+}
+
+#[test]
+fn answers_are_what_qemus_schema_says() {
+    requires!("python3", "qemu-storage-daemon", "qemu-img");
+    let Some(python) = python_with_qmp("schema") else { return };
+    let rig = Rig::new();
+    let images = Images::make(&rig, "images", &[("a", "raw", MIB), ("q", "qcow2", MIB)]);
+    let base = images.list[1].2.clone();
+    let top = base.with_file_name("top.qcow2");
+    ok(tool("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).arg(&base).arg(&top));
+    let mount = rig.mount(args![&images.list[0].2, &top]);
+    for disk in ["a", "top"] {
+        mount.done("bitmap add", args![disk, "b"]);
+        mount.done("bitmap add", args![disk, "c", "--persistent", "false"]);
+    }
+    mount.snap("monday");
+    mount.drop_snap("monday");
+    let daemon = StorageDaemon::start(&rig, &[], false);
+    let config = json!({
+        "side": "fleecefs",
+        "socket": mount.status()["qmp"],
+        "qemu": daemon.socket,
+        "disks": {"a": {}, "top": {}},
+    });
+    script(&python, "schema.py", &config);
 }

@@ -1,6 +1,6 @@
 """Bitmaps over resizes, and over closes where they persist. Disk: q (qcow2, 64 GiB, 64 KiB clusters).
 
-Config: `phase`, 0 to 3; the server is started anew before each.
+Config: `phase`, 0 to 3; the server is started anew before each, read-only before phase 2.
 """
 
 from peer import run
@@ -35,6 +35,15 @@ async def main(peer):
         await show()
         # Past the old end.
         peer.guest("q", f"write -P 2 {69 * G} 1M", f"write -P 2 {64 * G - 65536} 128k")
+    if phase == 2:
+        for command in ("clear", "enable", "disable", "remove"):
+            await peer.ask(f"block-dirty-bitmap-{command}", {"node": "q", "name": "second"})
+        await peer.ask("block-dirty-bitmap-merge", {"node": "q", "target": "second", "bitmaps": [f"kept{64 * K}"]})
+        await peer.ask("block-dirty-bitmap-add", {"node": "q", "name": "temporary"})
+        await peer.ask("block-dirty-bitmap-merge", {"node": "q", "target": "temporary", "bitmaps": [f"kept{64 * K}"]})
+        await peer.ask("block-dirty-bitmap-add", {"node": "q", "name": "persistent", "persistent": True})
+        await show()
+        await peer.ask("block-dirty-bitmap-remove", {"node": "q", "name": "temporary"})
     if phase == 3:
         await peer.add("q", "third", persistent=True)
         await peer.must("block-dirty-bitmap-remove", {"node": "q", "name": "second"})

@@ -1,5 +1,10 @@
 //! The control socket against the core: what a QMP client sees, over a real socket and real images.
 
+#[path = "qmp/bitmaps.rs"]
+mod bitmaps;
+#[path = "qmp/jobs.rs"]
+mod jobs;
+
 use fleecefs::backup::jobs::Jobs;
 use fleecefs::error::Result;
 use fleecefs::fleece::{Action, Applied, Disk, DiskSpec, Event, Fleece, Options, Refused, Snapshot, SnapshotRequest};
@@ -287,6 +292,25 @@ fn every_command_is_listed() {
         "fleecefs-disk-remove",
         "fleecefs-disk-resize",
         "fleecefs-status",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-merge",
+        "block-dirty-bitmap-remove",
+        "block-job-cancel",
+        "block-job-set-speed",
+        "blockdev-add",
+        "blockdev-del",
+        "job-cancel",
+        "job-dismiss",
+        "job-finalize",
+        "query-block",
+        "query-block-jobs",
+        "query-jobs",
+        "query-named-block-nodes",
+        "transaction",
+        "x-debug-block-dirty-bitmap-sha256",
     ] {
         assert!(names.contains(&name), "{name}");
     }

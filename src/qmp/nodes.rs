@@ -1,6 +1,9 @@
 //! Block nodes of the drivers `file` and `host_device`: names for files, for disks to be served from.
 //!
 //! A disk is a node too, but the core keeps those. A file node opens and locks nothing: the disk over it does.
+//!
+//! Invariants: no two nodes have one name, whatever comes at the same time; a file node stays while a disk lies on it or
+//! is being opened over it. No lock is held while a disk is opened.
 
 use crate::fleece::{Disk, Fleece};
 use parking_lot::Mutex;
@@ -20,17 +23,106 @@ pub struct FileNode {
     pub read_only: bool,
     /// Whether others may write to it meanwhile.
     pub force_share: bool,
-    /// Disks that were made over it. Some may have gone.
-    pub users: Vec<Uuid>,
 }
 
-impl FileNode {
-    /// The disks over it.
-    pub fn disks(&self, fleece: &Fleece) -> Vec<Arc<Disk>> {
-        fleece.disks().into_iter().filter(|disk| self.users.contains(&disk.uuid())).collect()
+#[derive(Debug, Default)]
+struct Table {
+    /// By name, with the disks that were opened over them. Some of these may have gone.
+    files: BTreeMap<String, (FileNode, Vec<Uuid>)>,
+    /// Disks that are being opened, with the file node that they are to lie on.
+    opening: BTreeMap<String, Option<String>>,
+}
+
+/// The file nodes of a daemon, by name.
+#[derive(Debug, Default)]
+pub struct Nodes(Mutex<Table>);
+
+/// A name is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Duplicate;
+
+/// What a file node is used by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User(pub String);
+
+/// The name of a disk that is being opened; free again, or the disk's, when this goes.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    nodes: &'a Nodes,
+    name: String,
+}
+
+impl Table {
+    fn is_taken(&self, name: &str, fleece: &Fleece) -> bool {
+        self.files.contains_key(name) || self.opening.contains_key(name) || fleece.disk(name).is_ok()
+    }
+
+    fn user(&self, name: &str, fleece: &Fleece) -> Option<User> {
+        let opening = self.opening.iter().find(|(_, file)| file.as_deref() == Some(name));
+        if let Some((disk, _)) = opening {
+            return Some(User(disk.clone()));
+        }
+        let (_, users) = self.files.get(name)?;
+        let disk = fleece.disks().into_iter().find(|disk| users.contains(&disk.uuid()))?;
+        Some(User(disk.name().to_owned()))
     }
 }
 
-/// The file nodes of a daemon, by name. The lock is held while a disk is made over one, so that it stays meanwhile.
-#[derive(Debug, Default)]
-pub struct Nodes(pub(super) Mutex<BTreeMap<String, FileNode>>);
+impl Nodes {
+    /// Adds a file node.
+    pub fn add(&self, name: &str, file: FileNode, fleece: &Fleece) -> Result<(), Duplicate> {
+        let mut table = self.0.lock();
+        if table.is_taken(name, fleece) {
+            return Err(Duplicate);
+        }
+        table.files.insert(name.to_owned(), (file, Vec::new()));
+        Ok(())
+    }
+
+    /// Removes a file node; false where there is none of this name.
+    pub fn remove(&self, name: &str, fleece: &Fleece) -> Result<bool, User> {
+        let mut table = self.0.lock();
+        match table.user(name, fleece) {
+            Some(user) => Err(user),
+            None => Ok(table.files.remove(name).is_some()),
+        }
+    }
+
+    /// All file nodes, by name.
+    pub fn list(&self) -> Vec<(String, FileNode)> {
+        self.0.lock().files.iter().map(|(name, (file, _))| (name.clone(), file.clone())).collect()
+    }
+
+    /// Keeps a name for a disk that is to be opened, over a file node where `below` names one that there is.
+    pub fn begin(&self, name: &str, below: Option<&str>, fleece: &Fleece) -> Result<Opening<'_>, Duplicate> {
+        let mut table = self.0.lock();
+        if table.is_taken(name, fleece) {
+            return Err(Duplicate);
+        }
+        table.opening.insert(name.to_owned(), below.map(str::to_owned));
+        Ok(Opening { nodes: self, name: name.to_owned() })
+    }
+
+    /// One file node.
+    pub fn get(&self, name: &str) -> Option<FileNode> {
+        self.0.lock().files.get(name).map(|(file, _)| file.clone())
+    }
+}
+
+impl Opening<'_> {
+    /// The disk is open.
+    pub fn done(self, disk: &Arc<Disk>) {
+        let mut table = self.nodes.0.lock();
+        if let Some(Some(below)) = table.opening.get(&self.name).cloned()
+            && let Some((_, users)) = table.files.get_mut(&below)
+        {
+            users.push(disk.uuid());
+        }
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        self.nodes.0.lock().opening.remove(&self.name);
+    }
+}

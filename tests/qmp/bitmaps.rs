@@ -142,6 +142,8 @@ fn a_disk_that_goes_by_another_way_frees_its_file_node() {
     let file = f.image("vdb");
     let mut c = f.client();
     c.execute("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": file})).unwrap();
+    let e = c.execute("fleecefs-disk-add", json!({"file": file, "name": "f"})).unwrap_err();
+    assert!(e.to_string().contains("a block node has this name"), "{e}");
     c.execute("blockdev-add", json!({"driver": "raw", "node-name": "vdb", "file": "f"})).unwrap();
     let nodes = c.execute("query-named-block-nodes", json!({})).unwrap();
     let names: Vec<&str> = nodes.as_array().unwrap().iter().map(|row| row["node-name"].as_str().unwrap()).collect();

@@ -31,6 +31,13 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
         let e = Error::new(errno::EINVAL, format!("image '{}'", file.display()), "not an absolute path");
         return Err(e.into());
     }
+    // Without a name the core takes the file's.
+    let stem = || file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let node = name.clone().unwrap_or_else(stem);
+    if host.nodes().get(&node).is_some() {
+        let e = Error::new(errno::EEXIST, format!("disk '{node}'"), "a block node has this name");
+        return Err(e.into());
+    }
     let disk = host.add_disk(&DiskSpec {
         name,
         file,

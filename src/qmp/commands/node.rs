@@ -131,7 +131,7 @@ fn file_node(common: &Common, arguments: &mut Arguments) -> Taken<FileNode> {
     refuse_others(arguments, &common.driver, &FILE_OTHERS)?;
     let driver = if common.driver == "file" { "file" } else { "host_device" };
     let (read_only, force_share) = (common.read_only, common.force_share);
-    Ok(FileNode { driver, filename: PathBuf::from(filename), read_only, force_share, users: Vec::new() })
+    Ok(FileNode { driver, filename: PathBuf::from(filename), read_only, force_share })
 }
 
 /// Looks whether the file is there, with QEMU's texts.
@@ -216,19 +216,21 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
         return Err(CommandError::generic("'node-name' must be specified for the root node"));
     };
     check_name(&name)?;
-    let mut files = host.nodes().0.lock();
-    if files.contains_key(&name) || host.fleece().disk(&name).is_ok() {
-        return Err(CommandError::generic(format!("Duplicate nodes with node-name='{name}'")));
-    }
+    let duplicate = |_| CommandError::generic(format!("Duplicate nodes with node-name='{name}'"));
     let NewNode::Disk { format, file, read_only, force_share, l2_cache_bytes } = node else {
         let NewNode::File(file) = node else { return Ok(json!({})) };
         check_file(&file)?;
-        files.insert(name, file);
+        host.nodes().add(&name, file, host.fleece()).map_err(duplicate)?;
         return Ok(json!({}));
     };
+    let below_name = match &file {
+        NewFile::Node(below) => Some(below.as_str()),
+        NewFile::Own(_) => None,
+    };
+    let opening = host.nodes().begin(&name, below_name, host.fleece()).map_err(duplicate)?;
     let below = match &file {
-        NewFile::Own(file) => file,
-        NewFile::Node(below) => match files.get(below) {
+        NewFile::Own(file) => file.clone(),
+        NewFile::Node(below) => match host.nodes().get(below) {
             Some(file) => file,
             None if host.fleece().disk(below).is_ok() => {
                 let text = format!("Node '{below}' is a disk: no other node can lie on it");
@@ -240,9 +242,9 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
             }
         },
     };
-    check_file(below)?;
+    check_file(&below)?;
     let spec = DiskSpec {
-        name: Some(name),
+        name: Some(name.clone()),
         file: below.filename.clone(),
         format: Some(format),
         read_only: read_only || below.read_only,
@@ -252,26 +254,21 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     };
     let refused = |e| CommandError { class: ErrorClass::GenericError, ..CommandError::from(e) };
     let disk = host.add_disk(&spec).map_err(refused)?;
-    if let NewFile::Node(below) = &file
-        && let Some(file) = files.get_mut(below)
-    {
-        file.users.push(disk.uuid());
-    }
+    opening.done(&disk);
     Ok(json!({}))
 }
 
 fn del(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let name = arguments.string("node-name")?;
     arguments.finish()?;
-    let mut files = host.nodes().0.lock();
-    if let Some(file) = files.get(&name) {
-        if let Some(disk) = file.disks(host.fleece()).first() {
-            let hint = format!("disk '{}' lies on it", disk.name());
+    match host.nodes().remove(&name, host.fleece()) {
+        Ok(true) => return Ok(json!({})),
+        Ok(false) => {}
+        Err(user) => {
+            let hint = format!("disk '{}' lies on it", user.0);
             let e = CommandError::generic(format!("Block device {name} is in use"));
             return Err(CommandError { errno: Some(errno::EBUSY), hint: Some(hint), ..e });
         }
-        files.remove(&name);
-        return Ok(json!({}));
     }
     if host.fleece().disk(&name).is_err() {
         return Err(CommandError::generic(format!("Failed to find node with node-name='{name}'")));
@@ -376,7 +373,7 @@ fn query_nodes(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     arguments.optional_bool("flat")?;
     arguments.finish()?;
     let mut rows = disk_rows(host)?;
-    rows.extend(host.nodes().0.lock().iter().map(|(name, file)| file_row(host, name, file)));
+    rows.extend(host.nodes().list().iter().map(|(name, file)| file_row(host, name, file)));
     Ok(rows.into())
 }
 

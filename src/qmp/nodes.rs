@@ -126,3 +126,28 @@ impl Drop for Opening<'_> {
         self.nodes.0.lock().opening.remove(&self.name);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleece::Options;
+
+    #[test]
+    fn names_are_unique_and_a_file_stays_while_a_disk_opens_over_it() {
+        let fleece = Fleece::new(Options::default());
+        let nodes = Nodes::default();
+        let file = FileNode { driver: "file", filename: "/x".into(), read_only: false, force_share: false };
+        nodes.add("f", file.clone(), &fleece).unwrap();
+        assert_eq!(nodes.add("f", file.clone(), &fleece), Err(Duplicate));
+        assert!(nodes.begin("f", None, &fleece).is_err());
+        let opening = nodes.begin("d", Some("f"), &fleece).unwrap();
+        assert_eq!(nodes.add("d", file.clone(), &fleece), Err(Duplicate));
+        assert!(nodes.begin("d", None, &fleece).is_err());
+        assert_eq!(nodes.remove("f", &fleece), Err(User("d".into())));
+        drop(opening);
+        assert_eq!(nodes.remove("f", &fleece), Ok(true));
+        assert_eq!(nodes.remove("f", &fleece), Ok(false));
+        nodes.add("d", file, &fleece).unwrap();
+        assert_eq!(nodes.list().len(), 1);
+    }
+}

@@ -355,7 +355,7 @@ impl Jobs {
     fn conclude(&self, key: u64) {
         let mut table = self.table.lock();
         let Some(job) = table.of_key(key) else { return };
-        drop(job.work.take());
+        let work = job.work.take();
         (self.sink)(&match job.outcome {
             Some(Outcome::Cancelled) => JobEvent::Cancelled(job.info()),
             _ => JobEvent::Completed(job.info()),
@@ -366,6 +366,9 @@ impl Jobs {
             self.forget(&mut table, key);
         }
         self.ended.notify_all();
+        // It goes without the lock, too.
+        drop(table);
+        drop(work);
     }
 
     fn forget(&self, table: &mut Table, key: u64) {

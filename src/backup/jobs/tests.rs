@@ -401,6 +401,53 @@ fn a_work_that_panics_fails() {
     assert!(rig.log.until("j null").contains(&"abort".to_owned()));
 }
 
+/// A work that asks for its own end while the group is being ended (J2).
+struct Meddler {
+    jobs: Arc<Jobs>,
+    log: Log,
+    fails: bool,
+}
+
+impl Meddler {
+    fn meddle(&self, step: &str) {
+        let outcomes = [self.jobs.cancel("j"), self.jobs.finalize("j"), self.jobs.dismiss("j")];
+        let refused = outcomes.iter().filter(|outcome| matches!(outcome, Err(JobError::Refused(_)))).count();
+        self.log.push(format!("{step} {refused}"));
+    }
+}
+
+impl Work for Meddler {
+    fn run(&mut self, _: &Handle) -> Result<()> {
+        Ok(())
+    }
+    fn prepare(&mut self) -> Result<()> {
+        self.meddle("prepare");
+        if self.fails { Err(eio()) } else { Ok(()) }
+    }
+    fn commit(&mut self) {
+        self.meddle("commit");
+    }
+    fn abort(&mut self) {
+        self.meddle("abort");
+    }
+}
+
+#[test]
+fn no_verb_is_accepted_while_a_group_ends() {
+    for fails in [false, true] {
+        let rig = Rig::new();
+        let works = || -> std::result::Result<Vec<Box<dyn Work>>, JobError> {
+            Ok(vec![Box::new(Meddler { jobs: rig.jobs.clone(), log: rig.log.clone(), fails })])
+        };
+        rig.jobs.start(vec![spec("j")], false, works).unwrap();
+        let lines = rig.log.until("j null");
+        let last = if fails { "abort 3" } else { "commit 3" };
+        let steps: Vec<&String> = lines.iter().filter(|line| line.ends_with('3')).collect();
+        assert_eq!(steps, ["prepare 3", last], "{lines:?}");
+        assert_eq!(lines.iter().filter(|line| line.starts_with("COMPLETED")).count(), 1, "{lines:?}");
+    }
+}
+
 #[test]
 fn the_limit_of_the_speed_holds_and_can_be_changed() {
     let handle = Arc::new(Handle::new("j", 1000, Arc::new(|_| {})));

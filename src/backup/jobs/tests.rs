@@ -331,6 +331,20 @@ fn a_prepare_that_fails_leaves_no_commit() {
 }
 
 #[test]
+fn a_late_prepare_that_fails_leaves_no_commit() {
+    let rig = Rig::new();
+    let (sender, end) = channel();
+    let step = |id, end, prepare| Box::new(Step { id, log: rig.log.clone(), end, prepare });
+    let (other, other_end) = channel();
+    let works: Vec<Box<dyn Work>> = vec![step("a", end, Err(eio())), step("b", other_end, Ok(()))];
+    rig.jobs.start::<JobError>(vec![spec("a"), spec("b")], true, || Ok(works)).unwrap();
+    sender.send(Ok(())).unwrap();
+    other.send(Ok(())).unwrap();
+    let lines = rig.log.until("a null");
+    assert!(!lines.iter().any(|line| line.contains("commit")), "{lines:?}");
+}
+
+#[test]
 fn jobs_that_are_not_grouped_end_alone() {
     let rig = Rig::new();
     let ends = rig.start(vec![spec("a"), spec("b")], false);

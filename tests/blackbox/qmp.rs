@@ -3,7 +3,9 @@
 use crate::harness::*;
 use crate::qmp_peer::python_with_qmp;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -104,6 +106,40 @@ fn snapshots_and_consumers_are_driven_by_the_socket() {
     client.ok("fleecefs-snapshot-cancel", json!({"name": "b"}));
     assert_eq!(client.ok("fleecefs-checkpoint-list", json!({})).as_array().unwrap().len(), 1);
     assert_eq!(client.ok("fleecefs-status", json!({}))["disks"][0]["name"], "vda");
+}
+
+#[test]
+fn a_transaction_freezes_and_switches_bitmaps_at_one_instant() {
+    requires!();
+    let rig = Rig::new();
+    let mount = rig.mount([rig.image("vda", 1), rig.image("vdb", 1)]);
+    let mut client = Client::new(&mount);
+    client.ok("block-dirty-bitmap-add", json!({"node": "vda", "name": "until", "persistent": true}));
+    let guest = mount.guest("vda");
+    guest.write_all_at(b"old", 0).unwrap();
+    let act = |kind: &str, data: Value| json!({"type": kind, "data": data});
+    let mut actions = vec![
+        act("block-dirty-bitmap-disable", json!({"node": "vda", "name": "until"})),
+        act("fleecefs-snapshot-create", json!({"name": "s", "disks": ["vda"]})),
+        act("block-dirty-bitmap-add", json!({"node": "vda", "name": "since"})),
+        act("abort", json!({})),
+    ];
+    let (class, text) = client.error("transaction", json!({"actions": actions}));
+    assert_eq!((class.as_str(), text.as_str()), ("GenericError", "Transaction aborted using Abort action"));
+    assert!(!mount.snapshot_dir("s").exists());
+    actions.pop();
+    client.ok("transaction", json!({"actions": actions}));
+    guest.write_all_at(b"new", 0).unwrap();
+    guest.write_all_at(b"new", 5 * GRANULE).unwrap();
+    assert_eq!(&fs::read(mount.view("s", "vda")).unwrap()[..3], b"old");
+    assert!(!mount.view("s", "vdb").exists(), "of the disks that were named");
+    let nodes = client.ok("query-named-block-nodes", json!({}));
+    let count = |name: &str| {
+        let rows = nodes[0]["dirty-bitmaps"].as_array().unwrap();
+        rows.iter().find(|row| row["name"] == name).unwrap()["count"].as_u64().unwrap() / GRANULE
+    };
+    assert_eq!((count("until"), count("since"), count("s")), (1, 2, 2), "{nodes}");
+    mount.drop_snap("s");
 }
 
 #[test]

@@ -57,6 +57,106 @@ fn what_a_checkpoint_owns_is_marked_and_only_read() {
         let e = c.execute(&command, json!({"node": "vda", "name": "monday"})).unwrap_err();
         assert!(e.to_string().contains("checkpoint") && e.to_string().contains("monday"), "{e}");
     }
+    f.fleece.disk("vda").unwrap().write(b"x", 0).unwrap();
+    c.execute("block-dirty-bitmap-add", json!({"node": "vda", "name": "b", "disabled": true})).unwrap();
+    c.execute("block-dirty-bitmap-merge", json!({"node": "vda", "target": "b", "bitmaps": ["monday"]})).unwrap();
+    let mut hash = |name: &str| {
+        c.execute("x-debug-block-dirty-bitmap-sha256", json!({"node": "vda", "name": name})).unwrap()["sha256"].clone()
+    };
+    assert_eq!(hash("b"), hash("monday"));
+}
+
+/// Every command with every argument of a kind that it may not expect: refused or done, and never a bug.
+#[test]
+fn no_argument_meets_a_bug() {
+    let f = Fixture::new();
+    let mut c = f.client();
+    let names = c.execute("query-commands", json!({})).unwrap();
+    let keys = [
+        "node",
+        "name",
+        "target",
+        "bitmaps",
+        "granularity",
+        "persistent",
+        "disabled",
+        "actions",
+        "properties",
+        "driver",
+        "node-name",
+        "file",
+        "filename",
+        "cache",
+        "id",
+        "device",
+        "speed",
+        "force",
+        "flat",
+        "disk",
+        "disks",
+        "size",
+        "offset",
+        "length",
+        "consumer",
+        "checkpoint",
+        "since",
+        "format",
+        "snapshot",
+        "l2-cache-size",
+    ];
+    let own = f.dir.path().join("none").display().to_string();
+    let values = [
+        json!(null),
+        json!(true),
+        json!(0),
+        json!(-1),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(1e300),
+        json!(""),
+        json!("vda"),
+        json!("\u{0}\n/../ä"),
+        json!("x".repeat(2000)),
+        json!(own),
+        json!([]),
+        json!([null]),
+        json!([{"node": "vda", "name": "b"}]),
+        json!([{"type": "abort", "data": {}}]),
+        json!({}),
+        json!({"driver": "file", "filename": own}),
+    ];
+    for name in names.as_array().unwrap() {
+        let name = name["name"].as_str().unwrap();
+        if name == "quit" {
+            continue;
+        }
+        for key in keys {
+            for value in &values {
+                // Alone, and beside what the command needs to go on.
+                for mut arguments in [
+                    json!({}),
+                    json!({"node": "vda", "name": "b", "target": "b", "bitmaps": ["b"], "driver": "raw",
+                        "node-name": "n", "device": "j", "speed": 1}),
+                ] {
+                    arguments[key] = value.clone();
+                    if let Err(e) = c.execute(name, arguments.clone()) {
+                        assert!(!e.to_string().contains("internal error"), "{name} {arguments}: {e}");
+                    }
+                }
+            }
+        }
+    }
+    let actions = ["abort", "block-dirty-bitmap-add", "block-dirty-bitmap-merge", "fleecefs-snapshot-create"];
+    for (kind, value) in actions.iter().flat_map(|kind| values.iter().map(move |value| (kind, value))) {
+        for key in ["node", "name", "bitmaps", "granularity", "disks"] {
+            let mut data = json!({"node": "vda", "name": "b", "target": "b"});
+            data[key] = value.clone();
+            let question = json!({"actions": [{"type": kind, "data": data}, {"type": "abort", "data": value}]});
+            if let Err(e) = c.execute("transaction", question.clone()) {
+                assert!(!e.to_string().contains("internal error"), "{question}: {e}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -121,10 +121,27 @@ type More<'a> = &'a dyn Fn(&str, u64) -> Value;
 /// Runs a script on both sides in as many phases, each with the servers started anew, and compares line by line.
 #[track_caller]
 fn compare(name: &str, images: &[(&'static str, &'static str, u64)], phases: u64, more: More) {
+    compare_images(name, images, phases, more, None);
+}
+
+/// The same; the images are copies of `template`, where there is one.
+#[track_caller]
+fn compare_images(
+    name: &str,
+    images: &[(&'static str, &'static str, u64)],
+    phases: u64,
+    more: More,
+    template: Option<&Path>,
+) {
     requires!("python3", "qemu-storage-daemon", "qemu-io", "qemu-img");
     let Some(python) = python_with_qmp(name) else { return };
     let rig = Rig::new();
     let (ours, qemus) = (Images::make(&rig, "ours", images), Images::make(&rig, "qemus", images));
+    for (template, (_, _, image)) in
+        template.into_iter().flat_map(|t| ours.list.iter().chain(&qemus.list).map(move |i| (t, i)))
+    {
+        std::fs::copy(template, image).unwrap();
+    }
     for phase in 0..phases {
         let read_only = more("", phase)["read-only"] == true;
         let mut specs = Vec::new();
@@ -215,4 +232,18 @@ fn answers_are_what_qemus_schema_says() {
         "disks": {"a": {}, "top": {}},
     });
     script(&python, "schema.py", &config);
+}
+
+#[test]
+fn bitmaps_whose_bits_are_lost_can_only_be_removed_as_in_qemu() {
+    requires!("qemu-storage-daemon", "qemu-img");
+    let rig = Rig::new();
+    // QEMU is killed with bitmaps in use.
+    let template = rig.path("template.qcow2");
+    ok(tool("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&template).arg("64M"));
+    for name in ["lost", "gone"] {
+        ok(tool("qemu-img").args(["bitmap", "--add"]).arg(&template).arg(name));
+    }
+    drop(StorageDaemon::start(&rig, &[("q", "qcow2", template.clone())], false));
+    compare_images("inconsistent.py", &[("q", "qcow2", 64 * MIB)], 1, &|_, _| json!({}), Some(&template));
 }

@@ -202,12 +202,20 @@ fn each_mode_leaves_exactly_its_bits_however_the_job_ends() {
         let rows = nodes[0]["dirty-bitmaps"].as_array().unwrap();
         let held = rows.iter().find(|row| row["name"] == "b").unwrap();
         assert_eq!((&held["busy"], &held["count"]), (&json!(true), &json!(4 * GRANULE)));
-        for command in ["clear", "enable", "disable", "remove"] {
-            let command = format!("block-dirty-bitmap-{command}");
-            let e = c.execute(&command, json!({"node": "vda", "name": "b"})).unwrap_err();
+        c.execute("block-dirty-bitmap-add", json!({"node": "vda", "name": "other"})).unwrap();
+        for (command, arguments) in [
+            ("clear", json!({"node": "vda", "name": "b"})),
+            ("enable", json!({"node": "vda", "name": "b"})),
+            ("disable", json!({"node": "vda", "name": "b"})),
+            ("remove", json!({"node": "vda", "name": "b"})),
+            ("merge", json!({"node": "vda", "target": "b", "bitmaps": ["other"]})),
+            ("merge", json!({"node": "vda", "target": "other", "bitmaps": ["b"]})),
+        ] {
+            let e = c.execute(&format!("block-dirty-bitmap-{command}"), arguments).unwrap_err();
             let text = "Bitmap 'b' is currently in use by another operation and cannot be used";
             assert!(e.to_string().contains(text), "{e}");
         }
+        c.execute("x-debug-block-dirty-bitmap-sha256", json!({"node": "vda", "name": "b"})).unwrap();
         let e = c.execute("blockdev-del", json!({"node-name": "vda"})).unwrap_err();
         assert!(e.to_string().contains("Node vda is in use"), "{e}");
         // The first half is copied before this returns, so that what is missing is known.

@@ -6,6 +6,7 @@ mod checkpoint;
 mod disk;
 mod job;
 mod node;
+mod query;
 mod snapshot;
 mod transaction;
 
@@ -41,6 +42,7 @@ const GROUPS: &[&[Command]] = &[
     disk::COMMANDS,
     job::COMMANDS,
     node::COMMANDS,
+    query::COMMANDS,
     snapshot::COMMANDS,
     transaction::COMMANDS,
 ];

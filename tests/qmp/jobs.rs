@@ -35,8 +35,8 @@ struct Copier {
 }
 
 impl Copier {
-    fn end(&self, end: HoldEnd) {
-        self.fleece.end_holds(&[(&self.hold, end)]).unwrap();
+    fn end(&self, end: HoldEnd) -> Result<()> {
+        self.fleece.end_holds(&[(&self.hold, end)])
     }
 }
 
@@ -67,8 +67,8 @@ impl Work for Copier {
         Ok(())
     }
 
-    fn commit(&mut self) {
-        self.end(if self.mode == Mode::Never { HoldEnd::Reclaim } else { HoldEnd::Abdicate });
+    fn commit(&mut self) -> Result<()> {
+        self.end(if self.mode == Mode::Never { HoldEnd::Reclaim } else { HoldEnd::Abdicate })
     }
 
     fn abort(&mut self) {
@@ -80,7 +80,7 @@ impl Work for Copier {
             }
             Mode::OnSuccess | Mode::Never => HoldEnd::Reclaim,
         };
-        self.end(end);
+        self.end(end).unwrap();
     }
 }
 

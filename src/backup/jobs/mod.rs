@@ -6,8 +6,9 @@
 //!
 //! Invariants:
 //! - **J1 all or none.** [`Work::commit`] of no job of a group is called before all of them ran and prepared well; if
-//!   one did not, or was cancelled, [`Work::abort`] of each is called. Each work is ended by exactly one of the two,
-//!   once, when its `run` has returned. A job that cannot start is aborted too.
+//!   one did not, or was cancelled, or the first commit fails, [`Work::abort`] of each is called. So works of a group that
+//!   must stand or fall together do it all in whichever commit is called first. A commit that fails later costs its own
+//!   job alone. Each work is ended once, by a commit that succeeds or by abort, when its `run` has returned.
 //! - **J2 one thread ends a group.** It is marked as settling before the table's lock is let go for the works' calls, and
 //!   no verb is accepted meanwhile. No work is called under the lock.
 //! - **J3 what is told is what happened.** A status changes along [`Status::may_become`] only; each change is one event,
@@ -35,8 +36,8 @@ pub trait Work: Send {
     fn prepare(&mut self) -> Result<()> {
         Ok(())
     }
-    /// Makes the result count.
-    fn commit(&mut self);
+    /// Makes the result count. Where it fails, `abort` follows.
+    fn commit(&mut self) -> Result<()>;
     /// Gives back what the work took, as if it had not been.
     fn abort(&mut self);
 }

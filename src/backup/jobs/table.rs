@@ -313,15 +313,24 @@ impl Jobs {
                 return;
             }
         }
+        let mut stands = false;
         for key in keys {
-            let committed = self.call(key, |work| {
-                work.commit();
-                Ok(())
-            });
-            if let Err(e) = committed {
-                log::error!("job: commit: {e}");
+            let Err(e) = self.call(key, |work| work.commit()) else {
+                stands = true;
+                self.conclude(key);
+                continue;
+            };
+            let mut table = self.table.lock();
+            if let Some(job) = table.of_key(key) {
+                job.outcome = Some(Outcome::Failed(e.to_string()));
             }
-            self.conclude(key);
+            if !stands {
+                self.abort(table, group);
+                return;
+            }
+            drop(table);
+            log::error!("job: commit: {e}");
+            self.abort_one(key);
         }
     }
 
@@ -329,26 +338,28 @@ impl Jobs {
     fn abort(&self, mut table: MutexGuard<'_, Table>, group: u64) {
         let keys = Self::begin_settling(&mut table, group);
         drop(table);
-        for key in keys {
-            {
-                let mut table = self.table.lock();
-                let Some(job) = table.of_key(key) else { continue };
-                if job.outcome == Some(Outcome::Done) {
-                    job.outcome = Some(Outcome::Cancelled);
-                }
-                if job.status != Status::Aborting {
-                    self.change(job, Status::Aborting);
-                }
+        keys.into_iter().for_each(|key| self.abort_one(key));
+    }
+
+    fn abort_one(&self, key: u64) {
+        {
+            let mut table = self.table.lock();
+            let Some(job) = table.of_key(key) else { return };
+            if job.outcome == Some(Outcome::Done) {
+                job.outcome = Some(Outcome::Cancelled);
             }
-            let aborted = self.call(key, |work| {
-                work.abort();
-                Ok(())
-            });
-            if let Err(e) = aborted {
-                log::error!("job: abort: {e}");
+            if job.status != Status::Aborting {
+                self.change(job, Status::Aborting);
             }
-            self.conclude(key);
         }
+        let aborted = self.call(key, |work| {
+            work.abort();
+            Ok(())
+        });
+        if let Err(e) = aborted {
+            log::error!("job: abort: {e}");
+        }
+        self.conclude(key);
     }
 
     /// The end of a job whose work was committed or aborted.

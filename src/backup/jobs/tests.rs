@@ -16,6 +16,7 @@ struct Step {
     log: Log,
     end: Receiver<Result<()>>,
     prepare: Result<()>,
+    commit: Result<()>,
 }
 
 #[derive(Clone, Default)]
@@ -65,8 +66,9 @@ impl Work for Step {
         self.prepare.clone()
     }
 
-    fn commit(&mut self) {
+    fn commit(&mut self) -> Result<()> {
         self.log.push(format!("{}.commit", self.id));
+        self.commit.clone()
     }
 
     fn abort(&mut self) {
@@ -117,7 +119,8 @@ impl Rig {
             let (sender, end) = channel();
             ends.push(sender);
             let id = spec.id.clone().leak();
-            works.push(Box::new(Step { id, log: self.log.clone(), end, prepare: prepare.clone() }));
+            let (log, prepare) = (self.log.clone(), prepare.clone());
+            works.push(Box::new(Step { id, log, end, prepare, commit: Ok(()) }));
         }
         self.jobs.start::<JobError>(specs, grouped, || Ok(works)).unwrap();
         ends
@@ -330,18 +333,54 @@ fn a_prepare_that_fails_leaves_no_commit() {
     assert!(lines.iter().any(|line| line.starts_with("COMPLETED b 100/100 Some")), "{lines:?}");
 }
 
+impl Rig {
+    /// A group of `a` and `b` (which goes first) that run well, with what each says at the end; gives what happened.
+    fn ends(&self, a: [Result<()>; 2], b: [Result<()>; 2]) -> Vec<String> {
+        let mut works = Vec::<Box<dyn Work>>::new();
+        for (id, [prepare, commit]) in [("a", a), ("b", b)] {
+            let (sender, end) = channel();
+            sender.send(Ok(())).unwrap();
+            works.push(Box::new(Step { id, log: self.log.clone(), end, prepare, commit }));
+        }
+        self.jobs.start::<JobError>(vec![spec("a"), spec("b")], true, || Ok(works)).unwrap();
+        self.log.until("a null")
+    }
+}
+
 #[test]
 fn a_late_prepare_that_fails_leaves_no_commit() {
-    let rig = Rig::new();
-    let (sender, end) = channel();
-    let step = |id, end, prepare| Box::new(Step { id, log: rig.log.clone(), end, prepare });
-    let (other, other_end) = channel();
-    let works: Vec<Box<dyn Work>> = vec![step("a", end, Err(eio())), step("b", other_end, Ok(()))];
-    rig.jobs.start::<JobError>(vec![spec("a"), spec("b")], true, || Ok(works)).unwrap();
-    sender.send(Ok(())).unwrap();
-    other.send(Ok(())).unwrap();
-    let lines = rig.log.until("a null");
+    let lines = Rig::new().ends([Err(eio()), Ok(())], [Ok(()), Ok(())]);
     assert!(!lines.iter().any(|line| line.contains("commit")), "{lines:?}");
+}
+
+#[test]
+fn a_first_commit_that_fails_leaves_no_other_one() {
+    let lines = Rig::new().ends([Ok(()), Ok(())], [Ok(()), Err(eio())]);
+    let tail = lines.iter().position(|line| line == "b.commit").unwrap();
+    assert_eq!(
+        lines[tail..],
+        [
+            "b.commit",
+            "b aborting",
+            "b.abort",
+            "COMPLETED b 100/100 Some(\"read: Input/output error\")",
+            "b concluded",
+            "b null",
+            "a aborting",
+            "a.abort",
+            "CANCELLED a 100/100",
+            "a concluded",
+            "a null"
+        ]
+    );
+}
+
+#[test]
+fn a_later_commit_that_fails_costs_its_own_job() {
+    let lines = Rig::new().ends([Ok(()), Err(eio())], [Ok(()), Ok(())]);
+    let has = |text: &str| lines.iter().any(|line| line == text);
+    assert!(has("COMPLETED b 100/100 None") && !has("b.abort"), "{lines:?}");
+    assert!(has("a.abort") && has("COMPLETED a 100/100 Some(\"read: Input/output error\")"), "{lines:?}");
 }
 
 #[test]
@@ -405,7 +444,9 @@ fn a_work_that_panics_fails() {
         fn run(&mut self, _: &Handle) -> Result<()> {
             panic!("on purpose")
         }
-        fn commit(&mut self) {}
+        fn commit(&mut self) -> Result<()> {
+            Ok(())
+        }
         fn abort(&mut self) {
             self.0.push("abort".into());
         }
@@ -438,8 +479,9 @@ impl Work for Meddler {
         self.meddle("prepare");
         if self.fails { Err(eio()) } else { Ok(()) }
     }
-    fn commit(&mut self) {
+    fn commit(&mut self) -> Result<()> {
         self.meddle("commit");
+        Ok(())
     }
     fn abort(&mut self) {
         self.meddle("abort");

@@ -243,9 +243,9 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
         file: below.filename.clone(),
         format: Some(format),
         read_only: read_only || below.read_only,
-        snapshot: None,
         force_share: force_share || below.force_share,
         l2_cache_bytes,
+        ..DiskSpec::default()
     };
     let refused = |e| CommandError { class: ErrorClass::GenericError, ..CommandError::from(e) };
     let disk = host.add_disk(&spec).map_err(refused)?;

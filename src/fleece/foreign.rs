@@ -152,7 +152,7 @@ impl Disk {
         if let Err(e) = self.arm_all() {
             log::warn!("disk '{}': {e}", self.name());
             self.note_on_image(&reason);
-            self.regions.give_up();
+            self.give_up_arming();
         }
         // What came so far is noted: the next sign is of another write.
         self.tracking.note_write();

@@ -3,13 +3,14 @@
 use super::BlockDevicePolicy;
 use super::foreign::{signs_since_close, signs_since_kill};
 use super::persistent::{Proof, prove};
-use super::tracking::CLOCK;
+use super::tracking::{CLOCK, CLOCK_UNARMED};
 use crate::bitmap::{Directory, Sidecar, State, region_size_for};
 use crate::error::{Result, errno};
 use crate::image::Image;
 use crate::storage::clock::now_ns;
 use crate::storage::shm::ShmRoot;
 use crate::storage::{Dir, Shm};
+use crate::sync::atomic::Ordering;
 use uuid::Uuid;
 
 /// The sidecar's name in the state directory.
@@ -41,9 +42,16 @@ pub(super) fn regions_of(found: &Found, sidecar: &Sidecar, image: &dyn Image) ->
         _ if image.read_only() => (needed, Vec::new()),
         // Whoever made the image, or wrote to it, may not have synced it.
         Found::New | Found::Lost(_) => (needed, all()),
+        Found::Killed(words) if wrote_unarmed(&**words) => (needed.max(old), all()),
         Found::Killed(_) | Found::PowerLoss { .. } if needed <= old => (old, sidecar.intents()),
         Found::Killed(_) | Found::PowerLoss { .. } => (needed, all()),
     }
+}
+
+/// Whether the session that these words are of wrote to regions that were not armed.
+fn wrote_unarmed(words: &dyn Shm) -> bool {
+    let clock = words.open(CLOCK).ok().flatten();
+    clock.and_then(|clock| Some(clock.get(CLOCK_UNARMED)?.load(Ordering::SeqCst))) != Some(0)
 }
 
 /// Opens or makes the sidecar and looks at what the last user left.

@@ -166,7 +166,7 @@ impl Disk {
             self.lose_tracking(&reason);
         }
         // Only now: whoever finds it given up goes on at once.
-        self.regions.give_up();
+        self.give_up_arming();
         Ok(())
     }
 

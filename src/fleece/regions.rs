@@ -222,11 +222,6 @@ impl Regions {
         range.end..(range.end + run).min(SEGMENTS * SEGMENT)
     }
 
-    /// Gives up: from here on nothing is pinned or armed.
-    pub(super) fn give_up(&self) {
-        self.given_up.store(true, Ordering::SeqCst);
-    }
-
     /// Begins a disarm of the armed regions that nobody has pinned, and whose word is the one in `seen`, which is
     /// replaced. One at a time.
     pub(super) fn begin_disarm(&self, seen: &mut Vec<(u64, u64)>) -> Vec<u64> {
@@ -338,6 +333,12 @@ impl Disk {
         self.regions.arm(all, &self.tracking.sidecar, &self.counters)
     }
 
+    /// From here on nothing is pinned or armed.
+    pub(super) fn give_up_arming(&self) {
+        self.tracking.note_unarmed(true);
+        self.regions.given_up.store(true, Ordering::SeqCst);
+    }
+
     /// Once intents could not be written: before anything new is to be tracked, the whole disk is armed, or an error.
     pub(super) fn begin_again(&self) -> Result<()> {
         if !self.regions.given_up() {
@@ -347,6 +348,7 @@ impl Disk {
         // Who went in without a pin has left when the gate is held; who waits for it looks again.
         let _gate = self.gate.write();
         self.regions.given_up.store(false, Ordering::SeqCst);
+        self.tracking.note_unarmed(false);
         Ok(())
     }
 }

@@ -21,16 +21,18 @@ use uuid::Uuid;
 
 /// Name of the words that hold the time of the newest image write and what the image was then.
 pub(super) const CLOCK: &str = "clock";
-/// Count of those words, and which of them are inode and device number, and the lengths.
-pub(super) const CLOCK_WORDS: usize = 5;
+/// Count of those words, and which of them are inode and device number, the lengths, and 1 while regions are written to
+/// that are not armed.
+pub(super) const CLOCK_WORDS: usize = 6;
 pub(super) const CLOCK_INO: usize = 1;
 pub(super) const CLOCK_DEV: usize = 2;
 pub(super) const CLOCK_LEN: usize = 3;
 pub(super) const CLOCK_LEN_NEXT: usize = 4;
+pub(super) const CLOCK_UNARMED: usize = 5;
 
 /// Fills new clock words for an image of this stamp, which is written from now on.
 pub(super) fn start_clock(clock: &Words, stamp: &Stamp) {
-    let values = [now_coarse_ns() as u64, stamp.ino, stamp.dev, stamp.size, stamp.size];
+    let values = [now_coarse_ns() as u64, stamp.ino, stamp.dev, stamp.size, stamp.size, 0];
     clock.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::SeqCst));
 }
 
@@ -100,6 +102,11 @@ impl Tracking {
     pub(super) fn note_len(&self, len: u64) {
         self.clock[CLOCK_LEN].store(len, Ordering::SeqCst);
         self.clock[CLOCK_LEN_NEXT].store(len, Ordering::SeqCst);
+    }
+
+    /// Notes for a kill whether regions are written to that are not armed.
+    pub(super) fn note_unarmed(&self, unarmed: bool) {
+        self.clock[CLOCK_UNARMED].store(u64::from(unarmed), Ordering::SeqCst);
     }
 
     /// When the image was last written through us, in nanoseconds since the epoch.

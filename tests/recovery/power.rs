@@ -155,6 +155,22 @@ fn a_guest_goes_on_where_a_region_cannot_be_armed_and_the_next_snapshot_begins_a
 }
 
 #[test]
+fn what_was_written_unarmed_before_a_kill_is_armed_after_it() {
+    let host = Host::one();
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    (0..2).for_each(|_| fleece.disarm_idle());
+    let faults = &host.files["a"].state_faults;
+    (1..100).for_each(|nth| faults.fail_nth(Call::Write, faults.calls(Call::Write) + nth, errno::EIO));
+    fleece.disk("a").unwrap().write(&[1; 10], GRANULE).unwrap();
+    drop(fleece);
+    faults.clear();
+    let fleece = host.mount();
+    assert_eq!(fleece.disk_infos()[0].tracking, "exact after a kill");
+    assert_eq!(counter(&fleece, "armed_regions"), 1);
+}
+
+#[test]
 fn a_writer_waits_once_for_a_region_and_rarely_where_it_writes_in_order() {
     const MIB: u64 = 1 << 20;
     let host = Host::new(&["a"], 256 * MIB);

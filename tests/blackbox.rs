@@ -25,6 +25,8 @@ mod foreign_devices;
 mod formats;
 #[path = "blackbox/fsx.rs"]
 mod fsx;
+#[path = "blackbox/kill_rounds.rs"]
+mod kill_rounds;
 #[path = "blackbox/live.rs"]
 mod live;
 #[path = "blackbox/load.rs"]

@@ -41,6 +41,8 @@ mod maps;
 mod mounting;
 #[path = "blackbox/paths.rs"]
 mod paths;
+#[path = "blackbox/power_loss.rs"]
+mod power_loss;
 #[path = "blackbox/probing.rs"]
 mod probing;
 #[path = "blackbox/qcow2.rs"]

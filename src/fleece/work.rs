@@ -136,6 +136,7 @@ impl Work {
             let mut bits = Prepared::default();
             bits.find(slot)?;
             if slot.changed && slot.recording && !slot.removed {
+                slot.disk.begin_again()?;
                 bits.fresh = Some(slot.disk.tracking.new_recording(slot.granularity, slot.disk.size())?);
             }
             self.bits.push(bits);

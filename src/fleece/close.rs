@@ -1,9 +1,9 @@
 //! Closing a disk in good order.
 //!
-//! The order: image flushed; kept views saved; recording bitmaps written to the sidecar and named in
-//! the directory; bitmaps stored in the image, where it has any; image closed; the superblock {CLEAN, stamp}; then the
-//! words go. Where a step before the superblock fails the words stay, and the next open finds what a kill would have
-//! left.
+//! The order: image flushed; kept views saved; recording bitmaps written to the sidecar and named in the directory; a note
+//! on the image taken away; bitmaps stored in the image, where it has any; image closed; the superblock {CLEAN, stamp};
+//! then the words go. Where a step before the superblock fails the words stay, and the next open finds what a kill would
+//! have left.
 //!
 //! Rounds of disarming are kept away meanwhile. The intents stay as they are: under a CLEAN superblock they mean nothing.
 
@@ -29,6 +29,7 @@ impl Disk {
             let is_open = matches!(self.tracking.sidecar.superblock().state, State::Open { .. });
             if is_open && self.begin_in_image().is_ok() {
                 self.record_on();
+                self.note_again();
                 self.closed.store(false, Ordering::SeqCst);
             }
         })
@@ -47,6 +48,7 @@ impl Disk {
         }
         let mark = Uuid::new_v4();
         self.save_bitmaps(&chain, keep_views, mark)?;
+        self.note_is_over();
         self.store_in_image(mark)?;
         if !self.read_only() {
             self.image().close()?;

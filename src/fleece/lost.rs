@@ -8,9 +8,10 @@
 //! * **Then the directory**, which has the reason. Where it can't be written, it is tried again at each look for foreign
 //!   writers, which comes before each snapshot.
 //! * **A note on the image** ([`Image::set_note`]) where what lies beside the image can't be trusted to take it: where the
-//!   directory can't be written, and whenever a change could not be recorded, before the guest's write goes on. The note
-//!   stays for the session, since nothing is known of later changes either. An open that finds it believes nothing, and
-//!   takes it away only once the directory says everything.
+//!   directory can't be written, and whenever a change could not be recorded, before the guest's write goes on. It stays
+//!   while nothing is recorded: until a checkpoint has armed the whole disk, or a clean close has made the image, the bits
+//!   and the reason durable. An open that finds it believes nothing, and takes it away only once the directory says
+//!   everything.
 //! * **An operator is told once an interval**: one event, one line, one count; status says so as long as it is so.
 
 use super::disk::Disk;
@@ -200,6 +201,24 @@ impl Disk {
         if let Err(e) = done {
             *self.losses.noted.lock() = true;
             log::warn!("disk '{}': {e}; the next mount says everything, too", self.name());
+        }
+    }
+
+    /// All that was not recorded is armed, or durable: unless the directory lacks a loss, no note is needed. Whether there
+    /// was one.
+    pub(super) fn note_is_over(&self) -> bool {
+        let over = self.losses.unsaved.lock().is_none() && std::mem::take(&mut *self.losses.noted.lock());
+        if over {
+            self.take_note_away();
+        }
+        over
+    }
+
+    /// The session goes on after a close that failed.
+    pub(super) fn note_again(&self) {
+        if self.regions.given_up() {
+            let reason = self.tracking_loss().map(|loss| loss.reason);
+            self.note_on_image(reason.as_deref().unwrap_or("changes could not be recorded"));
         }
     }
 

@@ -346,9 +346,12 @@ impl Disk {
         }
         self.arm_all()?;
         // Who went in without a pin has left when the gate is held; who waits for it looks again.
-        let _gate = self.gate.write();
-        self.regions.given_up.store(false, Ordering::SeqCst);
-        self.tracking.note_unarmed(false);
-        Ok(())
+        {
+            let _gate = self.gate.write();
+            self.regions.given_up.store(false, Ordering::SeqCst);
+            self.tracking.note_unarmed(false);
+        }
+        // What was not recorded is armed, and the directory says the rest.
+        if self.note_is_over() { self.begin_in_image() } else { Ok(()) }
     }
 }

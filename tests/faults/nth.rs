@@ -99,6 +99,8 @@ fn strike(fault: Fault) -> (bool, Outcome) {
     let struck = plan.calls(fault.call) >= fault.nth;
     check_refusals(&fault, &outcome);
     let snapshots = shown(&fleece);
+    // Then the image bears a note, and nothing is believed after a kill.
+    let noted = fleece.counters().iter().any(|counter| counter.name == "tracking_errors" && counter.value > 0);
     if struck {
         oracle.check(&fleece, allowed(&fault));
     }
@@ -118,9 +120,10 @@ fn strike(fault: Fault) -> (bool, Outcome) {
     // What was refused half-way may have been decided either way.
     let open = |name: &str| outcome.refused.iter().any(|(step, _)| step.ends_with(name));
     let lost = snapshots.iter().find(|one| !found.contains(one) && !open(&one.0));
-    assert!(lost.is_none() || (clean && !fault.keep), "{lost:?} is not there: {outcome:?}");
+    let may = (clean && !fault.keep) || (!clean && noted);
+    assert!(lost.is_none() || may, "{lost:?} is not there: {outcome:?}");
     // A stop that drops views is one of each disk for itself.
-    let agree = found.iter().all(|one| one.1 == 2) || (clean && !fault.keep);
+    let agree = found.iter().all(|one| one.1 == 2) || may;
     assert!(agree, "all disks agree: {found:?} of {snapshots:?} after {outcome:?}");
     oracle.check_all(&fleece, "probe", allowed(&fault));
     (struck, outcome)

@@ -70,15 +70,17 @@ fn where_the_guest_goes_on_the_image_bears_a_note_before_its_write() {
         assert_eq!((counter(&fleece, "tracking_errors"), counter(&fleece, "tracking_lost")), (2, 1));
         check_everything(&fleece, "the state directory is full");
         assert_eq!(tracking(&fleece), "exact since 'probe1'");
-        // Nothing is recorded for good any more in this session: the note stays.
+        assert_eq!(note(&host), None, "all of the disk is armed with the new checkpoint");
+        disk.tracking_failed(&failure()).unwrap();
         assert!(note(&host).is_some());
         if clean {
             fleece.close().unwrap();
+            assert_eq!(note(&host), None, "all is durable, and the directory has the reason");
         }
         drop((disk, fleece));
         let fleece = host.mount();
         assert_eq!(note(&host), None, "the directory has it by now");
-        check_everything(&fleece, "tracking was lost while the disk was served: changes could not be recorded");
+        check_everything(&fleece, "changes could not be recorded: ");
         fleece.close().unwrap();
         drop(fleece);
         assert_eq!(tracking(&host.mount()), "exact");
@@ -92,12 +94,11 @@ fn the_note_goes_only_once_the_directory_says_everything() {
         for nth in 1.. {
             let host = Host::one();
             let fleece = story(&host);
-            fleece.disk("a").unwrap().tracking_failed(&failure()).unwrap();
-            // What the directory knows of it is made to be forgotten, as by a full disk.
             fleece.complete_snapshot(freeze(&fleece, "s2").name(), None).unwrap();
-            fleece.close().unwrap();
             drop(fleece);
             let files = &host.files["a"];
+            // The directory knows nothing of it, as where its disk was full.
+            files.image.set_attribute(NOTE, Some(b"changes could not be recorded")).unwrap();
             files.clear_faults();
             [&files.state_faults, &files.image_faults].iter().for_each(|plan| plan.fail_nth(call, nth, errno::EIO));
             let opened = host.attach(&host.empty_mount(), "a").is_ok();
@@ -374,15 +375,18 @@ fn a_qcow2_image_is_noted_by_its_mark() {
         // A look for foreign writers takes it for none.
         freeze(&fleece, "s2");
         assert_eq!(counter(&fleece, "views_broken"), 0);
-        assert_eq!(rig.mark(), Some((LOST_MARK, false)));
+        let own = |mark: Option<(uuid::Uuid, bool)>| mark.is_some_and(|(mark, intact)| intact && mark != LOST_MARK);
+        assert!(own(rig.mark()), "the new checkpoint has all of the disk armed");
         fleece.complete_snapshot("s2", None).unwrap();
+        fleece.disk("a").unwrap().tracking_failed(&failure()).unwrap();
+        assert_eq!(rig.mark(), Some((LOST_MARK, false)));
         if clean {
             fleece.close().unwrap();
-            assert_eq!(rig.mark(), Some((LOST_MARK, false)));
+            assert!(own(rig.mark()), "all is durable, and the directory has the reason");
         }
         drop(fleece);
         let fleece = rig.mount();
-        assert!(tracking(&fleece).contains("tracking was lost"), "{}", tracking(&fleece));
+        assert!(tracking(&fleece).contains("could not be recorded"), "{}", tracking(&fleece));
         let (mark, intact) = rig.mark().unwrap();
         assert!(intact && mark != LOST_MARK, "a session's own again");
         assert_eq!(rig.dirty(&fleece), 7);

@@ -162,9 +162,12 @@ fn what_was_written_unarmed_before_a_kill_is_armed_after_it() {
     (0..2).for_each(|_| fleece.disarm_idle());
     let faults = &host.files["a"].state_faults;
     (1..100).for_each(|nth| faults.fail_nth(Call::Write, faults.calls(Call::Write) + nth, errno::EIO));
+    // Nor can it be noted on the image.
+    let image = &host.files["a"].image_faults;
+    (1..100).for_each(|nth| image.fail_nth(Call::Attribute, image.calls(Call::Attribute) + nth, errno::EIO));
     fleece.disk("a").unwrap().write(&[1; 10], GRANULE).unwrap();
     drop(fleece);
-    faults.clear();
+    host.clear_faults();
     let fleece = host.mount();
     assert_eq!(fleece.disk_infos()[0].tracking, "exact after a kill");
     assert_eq!(counter(&fleece, "armed_regions"), 1);

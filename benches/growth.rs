@@ -6,7 +6,8 @@
 //!
 //! Two tables: so many bitmaps written to a sidecar, read again and put into words in tmpfs, as a mount does with those
 //! that record; and snapshots of one disk, taken and completed until there are so many checkpoints, with what a write
-//! of the guest costs before and after. Files lie in DIR, by default in the target directory; they are sparse.
+//! of the guest costs before and after. Each figure is on the clock and, behind it, on a processor: the second is the one
+//! to compare on a machine that has other work. Files lie in DIR, by default in the target directory; they are sparse.
 
 use fleecefs::bitmap::{Area, Bits, Directory, DirtyBitmap, Sidecar};
 use fleecefs::fleece::{DiskSpec, Fleece, Options, SnapshotRequest};
@@ -52,13 +53,45 @@ impl Random {
     }
 }
 
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+/// Time on the clock, and of it this thread's time on a processor.
+#[derive(Clone, Copy, Default)]
+struct Cost {
+    clock: Duration,
+    cpu: Duration,
 }
 
-fn median(mut all: Vec<Duration>) -> f64 {
-    all.sort();
-    all.get(all.len() / 2).copied().map_or(0.0, ms)
+fn cost<R>(work: impl FnOnce() -> R) -> (R, Cost) {
+    let cpu = || {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat of Linux");
+        Duration::from_nanos(text.split(' ').next().and_then(|ns| ns.parse().ok()).expect("a number"))
+    };
+    let (start, before) = (Instant::now(), cpu());
+    let result = work();
+    (result, Cost { cpu: cpu() - before, clock: start.elapsed() })
+}
+
+impl std::ops::AddAssign for Cost {
+    fn add_assign(&mut self, other: Cost) {
+        self.clock += other.clock;
+        self.cpu += other.cpu;
+    }
+}
+
+/// In milliseconds.
+impl std::fmt::Display for Cost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        f.pad(&format!("{:.1} {:8.1}", ms(self.clock), ms(self.cpu)))
+    }
+}
+
+fn median(all: &[Cost]) -> Cost {
+    let middle = |part: fn(&Cost) -> Duration| {
+        let mut all: Vec<_> = all.iter().map(part).collect();
+        all.sort();
+        all.get(all.len() / 2).copied().unwrap_or_default()
+    };
+    Cost { clock: middle(|cost| cost.clock), cpu: middle(|cost| cost.cpu) }
 }
 
 fn main() {
@@ -72,8 +105,8 @@ fn main() {
 
 fn bitmaps(dir: &Path, count: usize) {
     println!("{count} bitmaps of 1 TiB at 64 KiB, milliseconds for all of them:\n");
-    println!("{:<24} | {:>9} | {:>9} | {:>9}", "dirty granules", "write", "read", "to tmpfs");
-    println!("{:-<25}|{:->11}|{:->11}|{:->10}", "", "", "", "");
+    println!("{:<14} | {:>18} | {:>18} | {:>18}", "dirty granules", "write", "read", "to tmpfs");
+    println!("{:-<15}|{:->20}|{:->20}|{:->19}", "", "", "", "");
     let granules = TIB / GRANULARITY;
     let patterns = [("16", granules / 16), ("1 in 4096", 4096), ("1 in 64", 64), ("every second", 2), ("all", 1)];
     for (name, step) in patterns {
@@ -83,31 +116,28 @@ fn bitmaps(dir: &Path, count: usize) {
         let sidecar = Sidecar::create(file, Directory::new(uuid::Uuid::new_v4(), TIB)).expect("a sidecar");
         let bitmap = DirtyBitmap::heap(GRANULARITY, TIB).expect("a bitmap");
         (0..granules).step_by(step as usize).for_each(|granule| bitmap.mark(granule * GRANULARITY, 1));
-        let start = Instant::now();
-        let written: Vec<(Area, u32)> = (0..count)
-            .map(|_| {
-                let area = sidecar.allocate(granules / 8).expect("an area");
-                let crc = sidecar.write_bits(&area, bitmap.bits()).expect("write");
-                (area, crc)
-            })
-            .collect();
-        let wrote = start.elapsed();
+        let save = |_| {
+            let area = sidecar.allocate(granules / 8).expect("an area");
+            let crc = sidecar.write_bits(&area, bitmap.bits()).expect("write");
+            (area, crc)
+        };
+        let (written, wrote) = cost(|| (0..count).map(save).collect::<Vec<(Area, u32)>>());
         sidecar.sync().expect("sync");
-        let (mut read, mut filled) = (Duration::ZERO, Duration::ZERO);
+        let (mut read, mut filled) = (Cost::default(), Cost::default());
         let shm = OsShmRoot.create(&format!("growth-{}", std::process::id())).expect("shared memory");
         for (index, (area, crc)) in written.iter().enumerate() {
-            let start = Instant::now();
-            let bits = sidecar.read_bits(area, granules, Some(*crc)).expect("read");
-            let between = Instant::now();
-            let words = shm.create(&index.to_string(), Bits::words_for(granules)).expect("words");
+            let (bits, time) = cost(|| sidecar.read_bits(area, granules, Some(*crc)).expect("read"));
+            read += time;
             let there = DirtyBitmap::new(GRANULARITY, TIB, bits).expect("a bitmap");
-            let kept = there.resized(TIB, Bits::new(words, granules), true).expect("a bitmap");
-            filled += between.elapsed();
-            read += between - start;
+            let (kept, time) = cost(|| {
+                let words = shm.create(&index.to_string(), Bits::words_for(granules)).expect("words");
+                there.resized(TIB, Bits::zeroed(words, granules), true).expect("a bitmap")
+            });
+            filled += time;
             assert_eq!(kept.count_bytes(), bitmap.count_bytes());
         }
         shm.remove_all().expect("remove the words");
-        println!("{name:<24} | {:>9.1} | {:>9.1} | {:>9.1}", ms(wrote), ms(read), ms(filled));
+        println!("{name:<14} | {wrote:>18} | {read:>18} | {filled:>18}");
         std::fs::remove_file(&path).expect("remove");
     }
 }
@@ -122,51 +152,42 @@ fn checkpoints(dir: &Path, count: usize) {
     let mut random = Random(1);
     let block = [7; 4096];
     let mut write = |times: u64, within: u64| {
-        let start = Instant::now();
-        for _ in 0..times {
-            disk.write(&block, random.below(within / 4096) * 4096).expect("write");
-        }
-        start.elapsed().as_nanos() as u64 / times
+        let ((), time) = cost(|| {
+            for _ in 0..times {
+                disk.write(&block, random.below(within / 4096) * 4096).expect("write");
+            }
+        });
+        format!("{} {:8}", time.clock.as_nanos() as u64 / times, time.cpu.as_nanos() as u64 / times)
     };
     // Blocks that are there already: what a file system does for a new one would hide the rest.
     write(100_000, 64 << 20);
     let untracked = write(200_000, 64 << 20);
-    println!("\nOne disk of 1 TiB:\n");
+    println!("\nOne disk of 1 TiB, milliseconds, and nanoseconds for a write:\n");
     println!(
-        "{:<12} | {:>16} | {:>16} | {:>14} | {:>13}",
-        "checkpoints", "take a snapshot", "complete it", "map since all", "a write, ns"
+        "{:<11} | {:>18} | {:>18} | {:>18} | {:>18}",
+        "checkpoints", "take a snapshot", "complete it", "map since the first", "a write"
     );
-    println!("{:-<13}|{:->18}|{:->18}|{:->16}|{:->14}", "", "", "", "", "");
-    println!("{:<12} | {:>16} | {:>16} | {:>14} | {untracked:>13}", 0, "", "", "");
+    println!("{:-<12}|{:->20}|{:->20}|{:->21}|{:->19}", "", "", "", "", "");
+    println!("{:<11} | {:>18} | {:>18} | {:>19} | {untracked:>18}", 0, "", "", "");
     let (mut takes, mut completes) = (Vec::new(), Vec::new());
     for index in 1..=count {
         write(16, TIB / 256);
         let name = format!("c{index}");
-        let start = Instant::now();
         let request = SnapshotRequest { name: name.clone(), ..SnapshotRequest::default() };
-        let snapshot = fleece.create_snapshot(&request).expect("a snapshot");
-        takes.push(start.elapsed());
+        let (snapshot, time) = cost(|| fleece.create_snapshot(&request).expect("a snapshot"));
+        takes.push(time);
         let told = [SAMPLE, 10 * SAMPLE, 100 * SAMPLE, count].contains(&index).then(|| {
             let view = snapshot.view("disk").expect("a view");
-            let start = Instant::now();
-            view.map(view.since().first().map(|point| point.uuid)).expect("a map");
-            start.elapsed()
+            cost(|| view.map(view.since().first().map(|point| point.uuid)).expect("a map")).1
         });
         drop(snapshot);
-        let start = Instant::now();
-        fleece.complete_snapshot(&name, None).expect("complete");
-        completes.push(start.elapsed());
+        completes.push(cost(|| fleece.complete_snapshot(&name, None).expect("complete")).1);
         if let Some(map) = told {
             fleece.reap();
-            let newest = |all: &[Duration]| median(all.iter().rev().take(SAMPLE).copied().collect());
+            let newest = |all: &[Cost]| median(&all[all.len() - SAMPLE.min(all.len())..]);
             write(100_000, 64 << 20);
-            println!(
-                "{index:<12} | {:>13.1} ms | {:>13.1} ms | {:>11.1} ms | {:>13}",
-                newest(&takes),
-                newest(&completes),
-                ms(map),
-                write(200_000, 64 << 20)
-            );
+            let (take, complete, written) = (newest(&takes), newest(&completes), write(200_000, 64 << 20));
+            println!("{index:<11} | {take:>18} | {complete:>18} | {map:>19} | {written:>18}");
         }
     }
     fleece.close().expect("close");

@@ -516,7 +516,7 @@ impl Disk {
             let bits = size.div_ceil(recording.bitmap.granularity());
             let words = self.tracking.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
             let dirty = self.grows_dirty(recording);
-            let bitmap = Arc::new(recording.bitmap.resized(size, Bits::new(words, bits), dirty)?);
+            let bitmap = Arc::new(recording.bitmap.resized(size, Bits::zeroed(words, bits), dirty)?);
             new.push(self.tracking.with_area(Recording { uuid, bitmap, area: None })?);
         }
         let region_size = crate::bitmap::region_size_for(size);

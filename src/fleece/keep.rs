@@ -39,7 +39,8 @@ pub(super) fn save(layer: &Layer) -> Result<()> {
 
 /// Loads a layer's saved words into new ones.
 pub(super) fn load(io: &Arc<StoreIo>, shm: &dyn Shm, entry: &LayerEntry) -> Result<LayerWords> {
-    let copied_words = Bits::words_for(entry.size.div_ceil(entry.chunk));
+    let chunks = entry.size.div_ceil(entry.chunk);
+    let copied_words = Bits::words_for(chunks);
     let part = |part: &'static str, count: usize| -> Result<Option<Words>> {
         let name = file_name(entry.uuid, part);
         let bytes = io.run("load a view", move |io| {
@@ -63,8 +64,8 @@ pub(super) fn load(io: &Arc<StoreIo>, shm: &dyn Shm, entry: &LayerEntry) -> Resu
     let missing = || Error::new(errno::ENOENT, "saved view", "a part of it is missing");
     Ok(LayerWords {
         head: part("head", HEAD_WORDS)?.ok_or_else(missing)?,
-        copied: part("copied", copied_words)?.ok_or_else(missing)?,
-        released: part("released", copied_words)?,
+        copied: Bits::new(part("copied", copied_words)?.ok_or_else(missing)?, chunks),
+        released: part("released", copied_words)?.map(|words| Bits::new(words, chunks)),
     })
 }
 
@@ -82,10 +83,13 @@ pub(super) fn take_over(old: &dyn Shm, new: &dyn Shm, entry: &LayerEntry) -> Res
         fill(&copy, words.iter().map(|word| word.load(Ordering::SeqCst)));
         Ok(Some(copy))
     };
-    let copied_words = Bits::words_for(entry.size.div_ceil(entry.chunk));
+    let chunks = entry.size.div_ceil(entry.chunk);
+    let copied_words = Bits::words_for(chunks);
     match (part("head")?, part("copied")?, part("released")?) {
         (Some(head), Some(copied), released) if head.len() == HEAD_WORDS && copied.len() == copied_words => {
-            Ok(LayerWords { head, copied, released: released.filter(|words| words.len() == copied_words) })
+            let released = released.filter(|words| words.len() == copied_words);
+            let released = released.map(|words| Bits::new(words, chunks));
+            Ok(LayerWords { head, copied: Bits::new(copied, chunks), released })
         }
         _ => Err(Error::new(errno::ENOENT, "view", "its states are not there any more")),
     }

@@ -64,16 +64,17 @@ pub(super) struct Layer {
 /// The word arrays of a layer, new or found again after a crash.
 pub(super) struct LayerWords {
     pub head: Words,
-    pub copied: Words,
-    pub released: Option<Words>,
+    pub copied: Bits,
+    pub released: Option<Bits>,
 }
 
 impl LayerWords {
     /// New arrays, all clear.
     pub(super) fn create(shm: &dyn Shm, uuid: Uuid, size: u64, chunk: u64) -> Result<Self> {
+        let chunks = size.div_ceil(chunk);
         Ok(LayerWords {
             head: shm.create(&word_name(uuid, "head"), HEAD_WORDS)?,
-            copied: shm.create(&word_name(uuid, "copied"), Bits::words_for(size.div_ceil(chunk)))?,
+            copied: Bits::zeroed(shm.create(&word_name(uuid, "copied"), Bits::words_for(chunks))?, chunks),
             released: None,
         })
     }
@@ -81,10 +82,9 @@ impl LayerWords {
 
 impl Layer {
     pub(super) fn new(uuid: Uuid, seq: u64, size: u64, chunk: u64, store: Store, words: LayerWords) -> Self {
-        let chunks = size.div_ceil(chunk);
         let released = OnceLock::new();
-        if let Some(words) = words.released {
-            let _ = released.set(Bits::new(words, chunks));
+        if let Some(bits) = words.released {
+            let _ = released.set(bits);
         }
         Layer {
             uuid,
@@ -92,7 +92,7 @@ impl Layer {
             size,
             chunk,
             store,
-            copied: Bits::new(words.copied, chunks),
+            copied: words.copied,
             head: words.head,
             released,
             making_released: Mutex::new(()),
@@ -228,7 +228,7 @@ impl Layer {
                 let _one = self.making_released.lock();
                 if self.released.get().is_none() {
                     let words = shm.create(&word_name(self.uuid, "released"), Bits::words_for(self.chunks()))?;
-                    let _ = self.released.set(Bits::new(words, self.chunks()));
+                    let _ = self.released.set(Bits::zeroed(words, self.chunks()));
                 }
                 self.released.get().ok_or_else(|| Error::new(errno::EIO, "release", "no released ranges"))?
             }

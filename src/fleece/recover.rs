@@ -370,7 +370,7 @@ impl Opening<'_> {
         };
         let size = self.image.size();
         let bits = DirtyBitmap::bits_for(entry.granularity, size)?;
-        let words = Bits::new(self.shm.create(&fine_name(entry.uuid), Bits::words_for(bits))?, bits);
+        let words = Bits::zeroed(self.shm.create(&fine_name(entry.uuid), Bits::words_for(bits))?, bits);
         let mut everything = entry.everything.clone();
         let bitmap = match known {
             Ok(bitmap) => {

@@ -148,7 +148,7 @@ impl Tracking {
         let uuid = Uuid::new_v4();
         let bits = size.div_ceil(granularity);
         let words = self.shm.create(&fine_name(uuid), Bits::words_for(bits))?;
-        let bitmap = Arc::new(DirtyBitmap::new(granularity, size, Bits::new(words, bits))?);
+        let bitmap = Arc::new(DirtyBitmap::new(granularity, size, Bits::zeroed(words, bits))?);
         Ok(Recording { uuid, bitmap, area: None })
     }
 

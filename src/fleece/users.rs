@@ -135,7 +135,7 @@ fn take(
 fn in_words(bits: &DirtyBitmap, uuid: Uuid, size: u64, shm: &dyn Shm) -> Result<Recording> {
     let count = DirtyBitmap::bits_for(bits.granularity(), size)?;
     let words = shm.create(&fine_name(uuid), Bits::words_for(count))?;
-    let bitmap = bits.resized(size, Bits::new(words, count), false)?;
+    let bitmap = bits.resized(size, Bits::zeroed(words, count), false)?;
     Ok(Recording { uuid, bitmap: Arc::new(bitmap), area: None })
 }
 

@@ -296,10 +296,10 @@ fn a_power_loss_does_not_forget_the_note() {
         fleece.complete_snapshot("s1", None).unwrap();
         let live = fleece.disk("a").unwrap();
         live.write(&[7; 100], GRANULE).unwrap();
-        live.tracking_failed(&failure()).unwrap();
-        // The directory has forgotten: an interval that was lost is over.
         freeze(&fleece, "s2");
         fleece.complete_snapshot("s2", None).unwrap();
+        live.tracking_failed(&failure()).unwrap();
+        // What is not armed is in no map that a power loss leaves.
         live.write(&[8; 100], 3 * GRANULE).unwrap();
         let left = disk.survivors(seed);
         shm.lose_power("boot-2");

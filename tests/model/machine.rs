@@ -390,7 +390,8 @@ impl Machine {
             for point in &mut model.points {
                 let row = checkpoints.iter().find(|row| row.name == point.name);
                 let row = row.and_then(|row| row.disks.iter().find(|row| row.disk == NAMES[disk]));
-                point.completed = row.is_some_and(|row| row.completed);
+                // One that is decided and not written yet follows before the next change.
+                point.completed |= row.is_some_and(|row| row.completed);
             }
             let known: Vec<String> = model.points.iter().map(|point| point.name.clone()).collect();
             for name in known {

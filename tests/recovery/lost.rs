@@ -304,7 +304,7 @@ fn a_power_loss_does_not_forget_the_note() {
         let left = disk.survivors(seed);
         shm.lose_power("boot-2");
         let fleece = mount(&left);
-        assert!(tracking(&fleece).contains("tracking was lost while the disk was served"), "{}", tracking(&fleece));
+        assert!(tracking(&fleece).contains("changes could not be recorded"), "{}", tracking(&fleece));
         assert!(note.lock().unwrap().is_none());
         freeze(&fleece, "probe");
         let view = view_of(&fleece, "probe", "a");

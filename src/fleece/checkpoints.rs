@@ -23,7 +23,8 @@ impl Fleece {
             let directory = disk.tracking.directory();
             let Some(entry) = directory.checkpoints.iter().find(|entry| entry.name == name) else { continue };
             if let Some(who) = self.pinned(&disk, entry.uuid) {
-                return Err(Error::new(errno::EBUSY, format!("checkpoint '{name}'"), format!("{who} needs it")));
+                return Err(Error::new(errno::EBUSY, format!("checkpoint '{name}'"), format!("{who} needs it"))
+                    .hint("complete or cancel the snapshot, move or delete the consumer first"));
             }
             found.push((disk.clone(), entry.uuid));
         }
@@ -110,7 +111,8 @@ impl Fleece {
         let knows = |directory: &Directory| directory.consumers.iter().any(|consumer| consumer.name == name);
         let disks: Vec<_> = self.disks().into_iter().filter(|disk| knows(&disk.tracking.directory())).collect();
         if disks.is_empty() {
-            return Err(Error::new(errno::ENOENT, format!("consumer '{name}'"), "no such consumer"));
+            return Err(Error::new(errno::ENOENT, format!("consumer '{name}'"), "no such consumer")
+                .hint("`fleecefs consumer list` lists the consumers"));
         }
         for disk in disks {
             disk.tracking.sidecar.commit(|directory| {

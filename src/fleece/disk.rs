@@ -25,7 +25,7 @@ use super::lost::Losses;
 use super::regions::Regions;
 use super::store::StoreIo;
 use super::stripes::Stripes;
-use super::tracking::Tracking;
+use super::tracking::{Tracking, recording_checkpoint};
 use super::{Options, StoreErrorPolicy};
 use crate::error::{Error, Result, errno};
 use crate::image::{Format, Image};
@@ -42,6 +42,9 @@ use uuid::Uuid;
 
 /// A run of holes that one gate hold may skip in a discard: marking it dirty is the whole work.
 const MAX_HOLE_BYTES: u64 = 64 << 30;
+
+/// How the tracking state of a disk was found that was closed cleanly, and that nobody else wrote to.
+pub(super) const EXACT: &str = "exact";
 
 /// A disk being served. See the module.
 #[derive(Debug)]
@@ -82,6 +85,8 @@ pub struct Disk {
     opens: AtomicU64,
     /// How the tracking state was found at open, for status.
     pub(super) origin: String,
+    /// The checkpoint that recorded then: what was found is about its interval.
+    pub(super) opened_with: Option<Uuid>,
     pub(super) losses: Losses,
     /// The checkpoint that recorded when foreign writers were last looked for in vain.
     pub(super) looked: Mutex<Option<Uuid>>,
@@ -111,6 +116,7 @@ impl Disk {
         let image_len = parts.image.stamp().map_or(0, |stamp| stamp.size);
         Disk {
             uuid: parts.tracking.directory().disk,
+            opened_with: recording_checkpoint(&parts.tracking.directory()).map(|entry| entry.uuid),
             size: AtomicU64::new(parts.image.size()),
             name: parts.name,
             file: resolved(parts.image.path()),

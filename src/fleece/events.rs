@@ -31,7 +31,7 @@ pub enum Event {
         /// Why.
         reason: String,
     },
-    /// A mount took over from a daemon that did not stop cleanly.
+    /// A mount took over what a daemon left that did not stop cleanly, or what another program wrote and recorded.
     Recovered {
         /// The disk.
         disk: String,
@@ -53,7 +53,7 @@ impl fmt::Display for Event {
             Event::TrackingLost { disk, reason } => {
                 write!(f, "disk '{disk}': changes are not known, maps say everything: {reason}")
             }
-            Event::Recovered { disk, how } => write!(f, "disk '{disk}': recovered from an unclean stop: {how}"),
+            Event::Recovered { disk, how } => write!(f, "disk '{disk}': recovered: {how}"),
         }
     }
 }

@@ -40,8 +40,8 @@ pub struct Fleece {
     pub(super) events: Arc<Events>,
     /// Changes that failed and could not be taken back yet.
     pub(super) unsettled: Mutex<Vec<FailedChange>>,
-    /// What the recovery at mount found, for `problems`.
-    pub(super) recovered: Mutex<Vec<String>>,
+    /// What the recoveries of disks found, for `problems`: a disk's name, and the text. It goes with the disk.
+    pub(super) recovered: Mutex<Vec<(String, String)>>,
     pub(super) reaper: Reaper,
 }
 
@@ -288,6 +288,7 @@ impl Fleece {
         disk.close(false).inspect_err(|_| {
             self.disks.write().insert(name.to_owned(), disk.clone());
         })?;
+        self.recovered.lock().retain(|(disk, _)| disk != name);
         log::info!("disk '{name}' removed");
         Ok(())
     }
@@ -313,7 +314,7 @@ impl Fleece {
     }
 
     pub(super) fn unknown_disk(&self, name: &str) -> Error {
-        Error::new(errno::ENOENT, format!("disk '{name}'"), "no such disk")
+        Error::new(errno::ENOENT, format!("disk '{name}'"), "no such disk").hint("`fleecefs status` lists the disks")
     }
 
     /// The snapshots, oldest first.
@@ -328,7 +329,7 @@ impl Fleece {
             .iter()
             .find(|snapshot| snapshot.name() == name)
             .cloned()
-            .ok_or_else(|| Error::new(errno::ENOENT, format!("snapshot '{name}'"), "no such snapshot"))
+            .ok_or_else(|| unknown_snapshot(name))
     }
 
     /// A snapshot by its identity, also one that was dropped and still has open files.
@@ -407,6 +408,11 @@ impl Fleece {
         self.disks.write().clear();
         first
     }
+}
+
+fn unknown_snapshot(name: &str) -> Error {
+    Error::new(errno::ENOENT, format!("snapshot '{name}'"), "no such snapshot")
+        .hint("`fleecefs snapshot list` lists the snapshots")
 }
 
 /// The name that was given, else the file's stem.

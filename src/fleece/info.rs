@@ -291,7 +291,7 @@ impl Fleece {
 
     /// What needs an operator: broken views, lost tracking, stores past 80 %, a recovered crash. Empty where all is well.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = self.recovered.lock().clone();
+        let mut problems: Vec<_> = self.recovered.lock().iter().map(|(_, text)| text.clone()).collect();
         for snapshot in self.snapshots() {
             for view in snapshot.views() {
                 if let Some(reason) = view.broken() {

@@ -14,7 +14,7 @@
 //!   everything.
 //! * **An operator is told once an interval**: one event, one line, one count; status says so as long as it is so.
 
-use super::disk::Disk;
+use super::disk::{Disk, EXACT};
 use super::events::Event;
 use super::info::{TrackingLoss, rfc3339};
 use super::tracking::recording_checkpoint;
@@ -245,9 +245,16 @@ impl Disk {
         }
         let directory = self.tracking.directory();
         match recording_checkpoint(&directory) {
-            Some(entry) if self.losses.some.load(Ordering::SeqCst) => format!("exact since '{}'", entry.name),
+            Some(entry) if self.was_inexact(entry.uuid) => format!("exact since '{}'", entry.name),
             _ => self.origin.clone(),
         }
+    }
+
+    /// Something before the checkpoint that records now was lost, or what was found at the open is about an interval
+    /// before it.
+    fn was_inexact(&self, recording: Uuid) -> bool {
+        let later = self.origin != EXACT && self.opened_with != Some(recording);
+        later || self.losses.some.load(Ordering::SeqCst)
     }
 
     /// The same for programs; None where they are exact.

@@ -23,7 +23,7 @@
 
 use super::chain::Chain;
 use super::counters::Counters;
-use super::disk::{Disk, DiskParts};
+use super::disk::{Disk, DiskParts, EXACT};
 use super::events::{Event, Events};
 use super::found::{Found, open_sidecar, regions_of};
 use super::keep;
@@ -57,7 +57,7 @@ pub(super) struct Shared<'a> {
     pub space: &'a Arc<StoreSpace>,
     pub counters: &'a Arc<Counters>,
     pub events: &'a Arc<Events>,
-    pub recovered: &'a Mutex<Vec<String>>,
+    pub recovered: &'a Mutex<Vec<(String, String)>>,
     /// What is believed of this disk where it is on a block device.
     pub block_devices: BlockDevicePolicy,
     /// Disks that are served already: one of them may coordinate a prepared change.
@@ -185,7 +185,7 @@ fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> St
     };
     let origin = match found {
         Found::New => "tracking starts".to_owned(),
-        Found::Clean => "exact".to_owned(),
+        Found::Clean => EXACT.to_owned(),
         Found::Killed(_) => "exact after a kill".to_owned(),
         Found::PowerLoss { .. } if state.recorded => "exact after a power loss".to_owned(),
         Found::PowerLoss { armed, region_size } => after_power_loss(state, armed, *region_size),
@@ -206,13 +206,13 @@ fn tell(name: &str, found: &Found, state: &Recovered, shared: &Shared<'_>) -> St
         shared.counters.tracking_lost.add(u64::from(lost));
         // Of a loss status tells as long as it lasts, which is to the next checkpoint.
         if !lost || recording_checkpoint(&state.directory).is_none() {
-            shared.recovered.lock().push(event.to_string());
+            shared.recovered.lock().push((name.to_owned(), event.to_string()));
         }
     }
     if !state.dropped_views.is_empty() {
         let text = format!("disk '{name}': snapshots {} could not be kept", state.dropped_views.join(", "));
         log::warn!("{text}");
-        shared.recovered.lock().push(text);
+        shared.recovered.lock().push((name.to_owned(), text));
     }
     origin
 }

@@ -45,13 +45,17 @@ fn views_survive_a_killed_daemon_and_maps_are_exact() {
 fn a_mount_that_recovered_from_a_crash_says_so() {
     requires!();
     let rig = Rig::new();
-    let image = rig.image("vda", 1);
-    let mount = rig.mount([&image]);
+    let images = [rig.image("vda", 1), rig.image("vdb", 1)];
+    let mount = rig.mount(&images);
     touch(&mount, "vda", &[1]);
-    let mount = Mount::at(mount.kill(), [&image]);
+    let mount = Mount::at(mount.kill(), &images);
     has_problem(&mount, "vda");
+    has_problem(&mount, "disk 'vdb': recovered: exact after a kill");
+    mount.done("disk remove", args!["vdb"]);
+    let problems = mount.status()["problems"].to_string();
+    assert!(!problems.contains("vdb") && problems.contains("vda"), "it goes with its disk: {problems}");
     mount.umount();
-    let mount = rig.mount([&image]);
+    let mount = rig.mount(&images);
     assert_eq!(mount.run("status", args![]).status.code(), Some(0), "the next mount is clean");
 }
 

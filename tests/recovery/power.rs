@@ -50,6 +50,9 @@ fn after_a_power_loss_maps_say_what_was_armed_views_are_refused_and_checkpoints_
     oracle.freeze(&fleece, "u").unwrap();
     let map = extents_since(&view_of(&fleece, "u", "b"), "t");
     assert_eq!(dirty_granules(&map), [1].into(), "from then on it is exact");
+    assert_eq!(fleece.disk_infos()[1].tracking, "exact since 'u'");
+    fleece.cancel_snapshot("u").unwrap();
+    assert_eq!(fleece.disk_infos()[1].tracking, "exact since 't'");
 }
 
 #[test]

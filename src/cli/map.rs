@@ -118,7 +118,8 @@ impl MapArgs {
         let status: Status = read_reply(&mount.status)?;
         let manifest: Manifest = read_reply(&manifest(&mount, &self.snapshot)?)?;
         let disk = manifest.disks.iter().find(|disk| disk.name == self.disk).ok_or_else(|| {
-            Error::new(errno::ENOENT, format!("disk '{}' of snapshot '{}'", self.disk, manifest.name), "not found")
+            Error::new(errno::ENOENT, format!("disk '{}' of snapshot '{}'", self.disk, manifest.name), "no such disk")
+                .hint("`fleecefs snapshot show` lists its disks")
         })?;
         let dir = mount.path.join("snapshots").join(&manifest.name);
         let base = match &self.since {

@@ -159,7 +159,7 @@ struct Manifest {
 #[derive(Deserialize)]
 struct ManifestDisk {
     name: String,
-    reference: Option<Value>,
+    /// Why everything counts as changed, also where there is a base; None: it does not.
     full_reason: Option<String>,
 }
 
@@ -189,15 +189,17 @@ impl CreateArgs {
     /// Tells of disks where what was asked for cannot be had.
     fn full_disks(&self, manifest: &Manifest) -> Exit {
         let Some(since) = &self.since else { return Exit::Done };
-        let full: Vec<_> = manifest.disks.iter().filter(|disk| disk.reference.is_none()).collect();
-        for disk in &full {
-            let reason = disk.full_reason.as_deref().unwrap_or("its changes are not known");
+        let mut exit = Exit::Done;
+        for disk in &manifest.disks {
+            let Some(reason) = &disk.full_reason else { continue };
             complain(&format!(
-                "fleecefs: disk '{}' since '{since}': everything counts as changed: {reason}",
-                disk.name
+                "fleecefs: disk '{}' since '{}': everything counts as changed: {reason}",
+                disk.name,
+                printable(since)
             ));
+            exit = Exit::Full;
         }
-        if full.is_empty() { Exit::Done } else { Exit::Full }
+        exit
     }
 }
 
@@ -233,8 +235,16 @@ pub fn manifest(mount: &Mount, name: &str) -> Result<Value> {
     // The name becomes a path: what no snapshot can be called must not lead elsewhere.
     crate::units::check_name("snapshot", name).or_else(|e| if name == "latest" { Ok(()) } else { Err(e) })?;
     let path = mount.path.join("snapshots").join(name).join("manifest.json");
-    let text = std::fs::read(&path).map_err(|e| read_failed(&format!("snapshot '{name}'"), &path, e))?;
+    let text = std::fs::read(&path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => unknown(name),
+        _ => Error::io("read", e).at_path(&path),
+    })?;
     serde_json::from_slice(&text).map_err(|e| Error::new(errno::EIO, "manifest", e.to_string()).at_path(path))
+}
+
+fn unknown(name: &str) -> Error {
+    Error::new(errno::ENOENT, format!("snapshot '{name}'"), "no such snapshot")
+        .hint("`fleecefs snapshot list` lists the snapshots")
 }
 
 /// An absent file in a snapshot is told in the user's terms.
@@ -257,7 +267,7 @@ impl ShowArgs {
             "latest" => rows.last(),
             name => rows.iter().find(|row| row.name == name),
         };
-        let row = found.ok_or_else(|| Error::new(errno::ENOENT, format!("snapshot '{}'", self.name), "not found"))?;
+        let row = found.ok_or_else(|| unknown(&self.name))?;
         out.line(format!("snapshot  {}", Style::of_stdout().bold(&printable(&row.name))))?;
         out.line(format!("uuid      {}", row.uuid))?;
         out.line(format!("taken     {}", row.time))?;
@@ -265,13 +275,17 @@ impl ShowArgs {
         out.line("")?;
         let mut table = Table::new(&["DISK", ">SIZE", ">STORE", "CHECKPOINT", "CHANGES SINCE", "STATE"]);
         for disk in &row.disks {
-            let full = || format!("(all: {})", disk.full_reason.as_deref().unwrap_or("no earlier point"));
+            let since = match (&disk.reference, &disk.full_reason) {
+                (Some(reference), None) => reference.clone(),
+                (_, Some(reason)) => format!("(all: {reason})"),
+                (None, None) => "(all: no earlier point)".to_owned(),
+            };
             table.row([
                 disk.name.clone(),
                 human_size(disk.size),
                 human_size(disk.store_bytes),
                 disk.checkpoint.clone(),
-                disk.reference.clone().unwrap_or_else(full),
+                since,
                 disk.broken.as_ref().map_or("good".into(), |why| format!("broken: {why}")),
             ]);
         }
@@ -296,8 +310,8 @@ mod tests {
     #[test]
     fn a_full_map_is_a_fallback_only_where_a_base_was_asked_for() {
         let manifest: Manifest = read_reply(&json!({"disks": [
-            {"name": "a", "reference": {"name": "x"}, "full_reason": null},
-            {"name": "b", "reference": null, "full_reason": "lost"},
+            {"name": "a", "reference": "x", "full_reason": null},
+            {"name": "b", "reference": "x", "full_reason": "the image was changed by another program"},
         ]}))
         .unwrap();
         assert_eq!(create(Some("x")).full_disks(&manifest), Exit::Full);

@@ -35,6 +35,35 @@ fn a_consumer_gets_a_full_map_first_with_exit_code_3_and_then_increments() {
 }
 
 #[test]
+fn a_base_whose_changes_were_lost_is_a_full_map_with_exit_code_3_too() {
+    requires!();
+    let rig = Rig::new();
+    let image = rig.image("vda", 1);
+    let mount = rig.mount([&image]);
+    mount.snap("one");
+    mount.done("snapshot complete", args!["one", "--consumer", "daily"]);
+    mount.umount();
+    std::fs::OpenOptions::new().write(true).open(&image).unwrap().write_all_at(b"another", 0).unwrap();
+    let mount = rig.mount([&image]);
+    for since in ["one", "@daily"] {
+        let out = mount.run("snapshot create", args!["two", "--since", since]);
+        assert!(mount.map("two", "vda").all_dirty());
+        refused(&out, 3, &["'vda'", since, "everything counts as changed", "another program"]);
+        let shown = mount.done("snapshot show", args!["two"]);
+        assert!(shown.contains("(all: the image was changed by another program"), "{shown}");
+        mount.done("snapshot cancel", args!["two"]);
+    }
+    // The interval after it is exact again, and its base can be had.
+    mount.snap("three");
+    mount.drop_snap("three");
+    touch(&mount, 5);
+    let shown = mount.done("status", args![]);
+    assert!(shown.contains("exact since 'three'"), "{shown}");
+    mount.done("snapshot create", args!["four", "--since", "three"]);
+    assert_eq!(mount.map("four", "vda").granules(), [5]);
+}
+
+#[test]
 fn a_failed_backup_does_not_move_its_consumer() {
     requires!();
     let rig = Rig::new();

@@ -26,8 +26,9 @@
 //!
 //! Who is believed: a bitmap that is good in the file for itself. The recording checkpoint's only if it is auto, of
 //! equal granularity, where the mark is known, and if it has at least the bits that the sidecar kept at the close; what
-//! lies behind the size of then counts as changed. Bitmaps in use are believed from memory where nobody else wrote.
-//! Else they are inconsistent, and the checkpoint's says everything.
+//! lies behind the size of then counts as changed. Bitmaps in use are believed from memory where nobody else wrote,
+//! and after a power loss from what is durable and armed. Else they are inconsistent, and the checkpoint's says
+//! everything.
 //!
 //! Not seen: somebody who removes the checkpoint's bitmap from the image after writes that nobody else recorded, and
 //! makes one of the same name, when nothing had changed between the checkpoint and the close.

@@ -6,6 +6,7 @@
 //! | disabled | an area, or the image | in the image; else the area | as it was | as it was |
 //! | not persistent | as the others | forgotten | forgotten | forgotten |
 //!
+//! * After a power loss, one that recorded has what is durable of it and all of the armed regions, and records on.
 //! * A bitmap that is persistent and not (or no longer) in the image was made since the last clean close, and the
 //!   directory has all of it; where the last close was clean, another program has removed it since.
 //! * What a growing disk gets is clean in users' bitmaps, as in QEMU; what is cut off is forgotten, and does not come

@@ -107,7 +107,7 @@ impl Slot {
         }
         if self.state() == Some(UserBitmapState::Inconsistent) && what != Use::Remove {
             let text = format!("Bitmap '{name}' is inconsistent and cannot be used");
-            let hint = "Try block-dirty-bitmap-remove to delete this bitmap from disk".to_owned();
+            let hint = "remove it (block-dirty-bitmap-remove, `fleecefs bitmap remove`) and add a new one".to_owned();
             return Err(Refused { hint: Some(hint), ..Refused::new(errno::EINVAL, text) });
         }
         Ok(())

@@ -29,5 +29,7 @@ mod power;
 mod qcow2;
 #[path = "recovery/regions.rs"]
 mod regions;
+#[path = "recovery/seams.rs"]
+mod seams;
 #[path = "bitmaps/steps.rs"]
 mod steps;

@@ -47,6 +47,11 @@ impl FailedChange {
     pub(super) fn undo(&self) -> Result<()> {
         for disk in &self.disks {
             let taking = self.taking.iter().find(|one| Arc::ptr_eq(&one.disk, disk));
+            let made = |checkpoint| disk.tracking.directory().checkpoints.iter().any(|entry| entry.uuid == checkpoint);
+            if self.checkpoint.is_some_and(made) {
+                // What was disarmed while this directory let the new bitmap alone record was saved for that one only.
+                disk.arm_all()?;
+            }
             disk.tracking.sidecar.commit(|directory| {
                 directory.prepared = None;
                 directory.committed.retain(|id| *id != self.transaction);

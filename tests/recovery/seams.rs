@@ -1,0 +1,73 @@
+//! Where two mechanisms meet: what one does in the middle of another, and then a stop.
+
+use crate::medium::{Cut, CutDir, Mode};
+use crate::rig::*;
+use crate::steps::*;
+use fleecefs::fleece::Fleece;
+use std::sync::Arc;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 8 * MIB;
+
+fn disarm(fleece: &Fleece) {
+    (0..2).for_each(|_| fleece.disarm_idle());
+}
+
+/// A mount of a pair, where the state of `b` is below `cut`.
+fn mount_below(host: &Host, cut: &Arc<Cut>) -> Arc<Fleece> {
+    let fleece = host.empty_mount();
+    host.attach(&fleece, "a").unwrap();
+    let files = &host.files["b"];
+    let state = Arc::new(CutDir { inner: Arc::new(files.state.clone()), cut: cut.clone() });
+    attach_over(&fleece, "b", files.image.shared(), state, Arc::new(files.stores.clone()), false).unwrap();
+    fleece
+}
+
+fn has_checkpoint(fleece: &Fleece, disk: &str, name: &str) -> bool {
+    fleece.bitmaps(disk).unwrap().iter().any(|info| info.checkpoint && info.name == name)
+}
+
+#[test]
+fn what_was_disarmed_under_a_snapshot_that_is_taken_back_is_in_the_older_bitmap() {
+    let granule = 2 * MIB / GRANULE;
+    let mut tried = 0;
+    for n in 1..30 {
+        let mut host = Host::new(&PAIR, SIZE);
+        let cut = Cut::new(Mode::FailOnce);
+        let fleece = mount_below(&host, &cut);
+        freeze(&fleece, "s");
+        fleece.complete_snapshot("s", None).unwrap();
+        disarm(&fleece);
+        assert_eq!(counter(&fleece, "armed_regions"), 0);
+        let guest = fleece.clone();
+        cut.meanwhile(Some(Box::new(move |_| {
+            if has_checkpoint(&guest, "a", "t") && counter(&guest, "armed_regions") == 0 {
+                touch(&guest, "a", &[granule]);
+                // `b` is not written to, so that nothing of it is armed.
+                disarm(&guest);
+                assert_eq!(counter(&guest, "armed_regions"), 0);
+            }
+        })));
+        cut.arm(n);
+        let done = try_freeze(&fleece, "t", &[], None);
+        cut.meanwhile(None);
+        cut.arm(0);
+        let written = fleece.disk("a").unwrap().mtime_ns() > 0
+            && read_live(&fleece.disk("a").unwrap(), granule * GRANULE + 5, 1) == [7];
+        if done.is_ok() || !written {
+            if done.is_ok() {
+                break;
+            }
+            continue;
+        }
+        tried += 1;
+        assert!(!has_checkpoint(&fleece, "a", "t"));
+        drop(fleece);
+        host.lose_power();
+        let fleece = host.mount();
+        freeze(&fleece, "u");
+        let map = dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "s"));
+        assert!(map.contains(&granule), "cut at change {n}: {map:?}");
+    }
+    assert!(tried > 0);
+}

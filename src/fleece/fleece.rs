@@ -366,7 +366,7 @@ impl Fleece {
     /// Settles what failed half-way, before anything new is begun. An error: the state still cannot be written.
     pub(super) fn settle(&self) -> Result<()> {
         let mut unsettled = self.unsettled.lock();
-        while let Some(failed) = unsettled.first() {
+        while let Some(failed) = unsettled.first_mut() {
             failed.undo().map_err(|e| e.context("an earlier change cannot be taken back"))?;
             unsettled.remove(0);
             self.reaper.wake();

@@ -40,12 +40,14 @@ pub(super) struct FailedChange {
     /// What was sealed for it: areas to give back.
     sealed: Vec<Option<BitmapEntry>>,
     lists: Lists,
+    /// On how many of the disks it is taken back: not again, as what it left there (a hidden layer) may be gone.
+    back: usize,
 }
 
 impl FailedChange {
     /// Takes it back; may be repeated after an error.
-    pub(super) fn undo(&self) -> Result<()> {
-        for disk in &self.disks {
+    pub(super) fn undo(&mut self) -> Result<()> {
+        for disk in self.disks.iter().skip(self.back) {
             let taking = self.taking.iter().find(|one| Arc::ptr_eq(&one.disk, disk));
             let made = |checkpoint| disk.tracking.directory().checkpoints.iter().any(|entry| entry.uuid == checkpoint);
             if self.checkpoint.is_some_and(made) {
@@ -66,6 +68,7 @@ impl FailedChange {
             if let Some(taking) = taking {
                 taking.undone();
             }
+            self.back += 1;
         }
         for (one, entry) in self.taking.iter().zip(&self.sealed) {
             entry.iter().for_each(|entry| one.disk.tracking.abandon(entry));
@@ -110,7 +113,7 @@ impl Fleece {
             let changes = |disk: &Arc<Disk>| parts.iter().any(|part| Arc::ptr_eq(&part.disk, disk));
             let (disks, others): (Vec<_>, Vec<_>) = disks.into_values().partition(changes);
             others.iter().for_each(|disk| disk.stop_unnamed());
-            self.take_back(FailedChange { transaction: id, checkpoint, disks, taking, sealed, lists });
+            self.take_back(FailedChange { transaction: id, checkpoint, disks, taking, sealed, lists, back: 0 });
             return Err(match &head {
                 Some((name, ..)) => not_taken(name, e),
                 None => e,
@@ -136,13 +139,13 @@ impl Fleece {
         let disks: Vec<_> = parts.iter().map(|part| part.disk.clone()).collect();
         if let Err(e) = commit(id, &mut parts, &[], &[], &lists) {
             let (taking, sealed) = (Vec::new(), Vec::new());
-            self.take_back(FailedChange { transaction: id, checkpoint: None, disks, taking, sealed, lists });
+            self.take_back(FailedChange { transaction: id, checkpoint: None, disks, taking, sealed, lists, back: 0 });
             return Err(e);
         }
         Ok(())
     }
 
-    fn take_back(&self, failed: FailedChange) {
+    fn take_back(&self, mut failed: FailedChange) {
         if let Err(second) = failed.undo() {
             log::error!("{second}; tried again before the next change");
             self.unsettled.lock().push(failed);

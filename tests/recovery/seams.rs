@@ -3,7 +3,9 @@
 use crate::medium::{Cut, CutDir, Mode};
 use crate::rig::*;
 use crate::steps::*;
+use fleecefs::error::errno;
 use fleecefs::fleece::Fleece;
+use fleecefs::storage::faulty::Call;
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -70,4 +72,29 @@ fn what_was_disarmed_under_a_snapshot_that_is_taken_back_is_in_the_older_bitmap(
         assert!(map.contains(&granule), "cut at change {n}: {map:?}");
     }
     assert!(tried > 0);
+}
+
+#[test]
+fn what_was_taken_back_on_one_disk_is_not_taken_back_again_with_the_others() {
+    let mut tried = 0;
+    for second in 1..8 {
+        let host = Host::new(&PAIR, SIZE);
+        let fleece = host.mount();
+        let faults = host.files["b"].state_faults.clone();
+        let calls = faults.calls(Call::Write);
+        (0..100).for_each(|nth| faults.fail_nth(Call::Write, calls + second + nth, errno::EIO));
+        let done = try_freeze(&fleece, "t", &[], None);
+        fleece.reap();
+        host.clear_faults();
+        if done.is_ok() {
+            break;
+        }
+        tried += 1;
+        freeze(&fleece, "v");
+        drop(fleece);
+        let fleece = host.mount();
+        let views = fleece.snapshot("v").map_or(0, |snapshot| snapshot.views().len());
+        assert_eq!(views, 2, "cut at write {second}: {:?}", fleece.problems());
+    }
+    assert!(tried > 1);
 }

@@ -508,6 +508,7 @@ impl Disk {
         self.size.store(size, Ordering::SeqCst);
         self.tracking.note_write();
         self.set_known_size();
+        self.renew_loss();
         Ok(())
     }
 

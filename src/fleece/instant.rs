@@ -122,6 +122,7 @@ impl Fleece {
         for disk in disks.values() {
             work.begin_holds(disk);
             disk.stop_unnamed();
+            disk.renew_loss();
         }
         let Some((name, uuid, time_ns)) = head else { return Ok(None) };
         let views = taking.iter().filter_map(Taking::view).map(Arc::new).collect();

@@ -19,7 +19,7 @@ use super::events::Event;
 use super::info::{TrackingLoss, rfc3339};
 use super::tracking::recording_checkpoint;
 use super::{Options, TrackingErrorPolicy};
-use crate::bitmap::{Directory, Loss, UserBitmapState};
+use crate::bitmap::{Directory, Loss, UserBitmap, UserBitmapState};
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
 use crate::storage::clock::now_ns;
@@ -132,6 +132,19 @@ impl Disk {
         }
         self.counters.tracking_lost.add(1);
         self.events.emit(&Event::TrackingLost { disk: self.name().to_owned(), reason: reason.to_owned() });
+    }
+
+    /// After recording bitmaps were replaced: a flush that failed meanwhile has been noted on those before.
+    pub(super) fn renew_loss(&self) {
+        let Some(reason) = self.flush_failure() else { return };
+        let directory = self.tracking.directory();
+        let checkpoint = recording_checkpoint(&directory).is_some_and(|entry| entry.bitmap.everything.is_none());
+        let recording = |user: &&UserBitmap| user.state == UserBitmapState::Recording;
+        let mut users = directory.bitmaps.iter().filter(recording);
+        if checkpoint || users.any(|user| user.bitmap.everything.is_none()) {
+            // Where the newest checkpoint does not know, it was made meanwhile, and the interval before may not either.
+            self.lose(&reason, checkpoint);
+        }
     }
 
     /// What the directory could not take is tried again.

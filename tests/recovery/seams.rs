@@ -98,3 +98,29 @@ fn what_was_taken_back_on_one_disk_is_not_taken_back_again_with_the_others() {
     }
     assert!(tried > 1);
 }
+
+#[test]
+fn a_flush_that_fails_while_a_snapshot_is_taken_makes_its_interval_everything() {
+    let host = Host::new(&PAIR, SIZE);
+    let cut = Cut::new(Mode::FailOnce);
+    let fleece = mount_below(&host, &cut);
+    freeze(&fleece, "s");
+    fleece.complete_snapshot("s", None).unwrap();
+    apply(&fleece, &[add("a/x")]);
+    let faults = host.files["a"].image_faults.clone();
+    faults.fail_nth(Call::Sync, faults.calls(Call::Sync) + 1, errno::EIO);
+    let guest = fleece.clone();
+    cut.meanwhile(Some(Box::new(move |number| {
+        if number == 1 {
+            assert_errno(guest.disk("a").unwrap().flush(), errno::EIO);
+        }
+    })));
+    cut.arm(u64::MAX);
+    freeze(&fleece, "t");
+    cut.meanwhile(None);
+    assert_errno(fleece.disk("a").unwrap().flush(), errno::EIO);
+    fleece.complete_snapshot("t", None).unwrap();
+    let snapshot = freeze(&fleece, "u");
+    let map = dirty_granules(&extents_since(snapshot.view("a").unwrap(), "t"));
+    assert_eq!(map.len() as u64, SIZE / GRANULE);
+}

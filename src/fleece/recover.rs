@@ -267,7 +267,8 @@ impl Opening<'_> {
             nobody_wrote,
             clean: matches!(self.sidecar.superblock().state, State::Clean { .. }),
             bits: &|entry| match found {
-                Found::Clean => self.saved(entry).ok(),
+                // What a close did not write, it did not know of: a change that was prepared names it.
+                Found::Clean => entry.crc.and_then(|_| self.saved(entry).ok()),
                 _ => self.recorded(found, entry).ok(),
             },
         };

@@ -337,13 +337,24 @@ impl Disk {
         directory.bitmaps.iter().map(one).collect()
     }
 
+    /// Before a bitmap is removed from the image: its bits go to the sidecar where they stand there only, so that the
+    /// directory has all of it until it names it no more. What cannot be read is nothing to keep.
+    pub(super) fn keep_removed(&self, name: &str) -> Result<()> {
+        let Some(image) = self.image().persistent() else { return Ok(()) };
+        self.keep(|user| user.name == name && image.load(name).is_ok())
+    }
+
     /// Before a resize: the bits of disabled bitmaps, which stand in the image only and have its size, go to the sidecar.
     pub(super) fn keep_disabled(&self) -> Result<()> {
+        self.keep(|_| true)
+    }
+
+    fn keep(&self, which: impl Fn(&UserBitmap) -> bool) -> Result<()> {
         let Some(image) = self.image().persistent() else { return Ok(()) };
         let directory = self.tracking.directory();
         let in_image = |user: &&UserBitmap| user.state == UserBitmapState::Disabled && user.bitmap.area.is_none();
         let mut kept = Vec::new();
-        for user in directory.bitmaps.iter().filter(in_image) {
+        for user in directory.bitmaps.iter().filter(in_image).filter(|user| which(user)) {
             let (granularity, size) = (user.bitmap.granularity, user.bitmap.size);
             let mut bits = Bits::heap(DirtyBitmap::bits_for(granularity, size)?);
             bits.or_words(0, image.load(&user.name)?);

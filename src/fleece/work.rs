@@ -127,8 +127,14 @@ impl Work {
     /// Loads what the plan reads, and makes what is to record. Nothing is visible yet.
     pub(super) fn prepare(plan: Plan) -> Result<Work> {
         let mut work = Work { plan, bits: Vec::new(), holds: Vec::new(), lists: Lists::default(), failed: None };
-        let made = work.prepare_bits().and_then(|()| work.prepare_holds());
+        let made = work.keep_removed().and_then(|()| work.prepare_bits()).and_then(|()| work.prepare_holds());
         made.inspect_err(|_| work.forget()).map(|()| work)
+    }
+
+    /// Before the lists are begun, which go on with what it leaves.
+    fn keep_removed(&self) -> Result<()> {
+        let removed = self.plan.slots.iter().filter(|slot| slot.removed && slot.persistent);
+        removed.map(|slot| slot.disk.keep_removed(&slot.name)).collect()
     }
 
     fn prepare_bits(&mut self) -> Result<()> {

@@ -156,3 +156,30 @@ fn hash_of_128(granules: &[u64]) -> String {
     let word = granules.iter().fold(0u128, |word, granule| word | 1 << granule);
     Sha256::digest(word.to_le_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[test]
+fn a_bitmap_in_the_image_alone_is_whole_where_its_removal_fails_or_is_cut_off() {
+    for (n, killed) in (1..20).flat_map(|n| [(n, false), (n, true)]) {
+        let image = Image::new(32 * GRANULE);
+        let mut fleece = image.mount();
+        let before = hash(&fleece, "a/off");
+        let calls = image.state_faults.calls(Call::Write);
+        (0..100).for_each(|nth| image.state_faults.fail_nth(Call::Write, calls + n + nth, errno::EIO));
+        let done = fleece.apply(&[remove("a/off")]);
+        image.state_faults.clear();
+        if done.is_ok() {
+            assert!(n > 2, "the directory is written twice");
+            return;
+        }
+        if killed {
+            drop(fleece);
+            fleece = image.mount();
+        }
+        assert_eq!(fleece.bitmaps("a").map(|all| all.len()).unwrap(), 2, "cut at write {n}");
+        assert_eq!(hash(&fleece, "a/off"), before, "cut at write {n}");
+        fleece.close().unwrap();
+        drop(fleece);
+        assert_eq!(hash(&image.mount(), "a/off"), before, "cut at write {n}");
+    }
+    panic!("it never succeeds");
+}

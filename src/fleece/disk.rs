@@ -500,7 +500,8 @@ impl Disk {
         } else if size < old {
             self.tracking.note_next_len(size);
             self.image.resize(size).inspect_err(|_| self.set_known_size())?;
-            if let Err(e) = self.resize_bitmaps(size, &gate) {
+            // Bits are cut off once it is durable: a power loss would bring back what they say of.
+            if let Err(e) = self.flush_image().and_then(|()| self.resize_bitmaps(size, &gate)) {
                 // Longer bitmaps than the disk are harmless, and the next open cuts them.
                 log::warn!("disk '{}': {e}", self.name);
             }

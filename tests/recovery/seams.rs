@@ -1,11 +1,15 @@
 //! Where two mechanisms meet: what one does in the middle of another, and then a stop.
 
 use crate::medium::{Cut, CutDir, Mode};
+use crate::power::{Moments, Watched};
 use crate::rig::*;
 use crate::steps::*;
 use fleecefs::error::errno;
-use fleecefs::fleece::Fleece;
+use fleecefs::fleece::{Environment, Fleece, Options};
+use fleecefs::storage::crash::CrashDisk;
 use fleecefs::storage::faulty::Call;
+use fleecefs::storage::shm::HeapShmRoot;
+use fleecefs::storage::{Dir, SharedStorage, Storage};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -182,4 +186,49 @@ fn a_bitmap_in_the_image_alone_is_whole_where_its_removal_fails_or_is_cut_off() 
         assert_eq!(hash(&image.mount(), "a/off"), before, "cut at write {n}");
     }
     panic!("it never succeeds");
+}
+
+fn mount_on(disk: &CrashDisk, shm: &HeapShmRoot, watch: Option<&Arc<Moments>>) -> Arc<Fleece> {
+    let env = Environment { shm: Arc::new(shm.clone()), background: false };
+    let fleece = Fleece::with_environment(Options::default(), env);
+    let mut image: SharedStorage = disk.open("a.img").unwrap().shared();
+    let mut dir: Arc<dyn Dir> = Arc::new(disk.dir("a.fleece"));
+    if let Some(moments) = watch {
+        image = Arc::new(Watched::<dyn Storage> { inner: image, moments: moments.clone() });
+        dir = Arc::new(Watched::<dyn Dir> { inner: dir, moments: moments.clone() });
+    }
+    attach_over(&fleece, "a", image, dir.clone(), dir, false).unwrap();
+    fleece
+}
+
+#[test]
+fn a_shrink_that_a_power_loss_undoes_has_not_cut_users_bitmaps() {
+    let last = SIZE / GRANULE - 3;
+    let moments = Arc::new(Moments::default());
+    let file = moments.disk.open("a.img").unwrap();
+    file.set_len(SIZE).unwrap();
+    file.sync().unwrap();
+    let fleece = mount_on(&moments.disk, &HeapShmRoot::new(), Some(&moments));
+    apply(&fleece, &[add("a/on"), add("a/off")]);
+    touch(&fleece, "a", &[1, last]);
+    apply(&fleece, &[disable("a/off")]);
+    disarm(&fleece);
+    moments.taken.lock().unwrap().clear();
+    fleece.resize_disk("a", SIZE / 2).unwrap();
+    moments.take();
+    let mut undone = 0;
+    for (number, moment) in moments.taken.lock().unwrap().iter().enumerate() {
+        for seed in 0..5 {
+            let shm = HeapShmRoot::new();
+            shm.lose_power("boot-2");
+            let fleece = mount_on(&moment.survivors(seed), &shm, None);
+            let least = if fleece.disk("a").unwrap().size() == SIZE { 2 } else { 1 };
+            undone += least - 1;
+            for name in ["a/on", "a/off"] {
+                let info = info(&fleece, name);
+                assert!(!info.inconsistent && info.count >= least * GRANULE, "before change {number}: {info:?}");
+            }
+        }
+    }
+    assert!(undone > 0);
 }

@@ -64,8 +64,8 @@ impl Fleece {
     pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
         let disk = self.disk(disk)?;
         let directory = disk.tracking.directory();
-        let users = directory.bitmaps.iter().map(|user| Ok((user.time_ns, disk.user_info(user)?)));
-        let mut all = users.collect::<Result<Vec<_>>>()?;
+        let users = directory.bitmaps.iter().map(|user| (user.time_ns, disk.user_info(user)));
+        let mut all = users.collect::<Vec<_>>();
         for entry in &directory.checkpoints {
             let count = match &entry.bitmap.everything {
                 Some(_) => disk.size().div_ceil(entry.bitmap.granularity) * entry.bitmap.granularity,
@@ -120,24 +120,28 @@ fn sha256(bitmap: &DirtyBitmap) -> String {
 }
 
 impl Disk {
-    fn user_info(&self, user: &UserBitmap) -> Result<BitmapInfo> {
+    /// One whose bits cannot be read is listed as inconsistent, and keeps none of the others from being listed.
+    fn user_info(&self, user: &UserBitmap) -> BitmapInfo {
         let held = self.holds.held(&user.name);
         let recording = self.tracking.recording();
         let live = recording.iter().find(|recording| recording.uuid == user.bitmap.uuid);
         let count = match (&held, live) {
-            (Some(held), _) => held.count_bytes(),
-            (None, Some(live)) => live.bitmap.count_bytes(),
-            (None, None) => self.load_user(user)?.count_bytes(),
+            (Some(held), _) => Some(held.count_bytes()),
+            (None, Some(live)) => Some(live.bitmap.count_bytes()),
+            (None, None) => {
+                let loaded = self.load_user(user).inspect_err(|e| log::warn!("{e}"));
+                loaded.ok().map(|bitmap| bitmap.count_bytes())
+            }
         };
-        Ok(BitmapInfo {
+        BitmapInfo {
             name: user.name.clone(),
-            count,
+            count: count.unwrap_or(0),
             granularity: user.bitmap.granularity,
             recording: user.state == UserBitmapState::Recording,
             busy: held.is_some(),
             persistent: user.persistent,
-            inconsistent: user.state == UserBitmapState::Inconsistent,
+            inconsistent: user.state == UserBitmapState::Inconsistent || count.is_none(),
             checkpoint: false,
-        })
+        }
     }
 }

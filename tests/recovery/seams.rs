@@ -232,3 +232,25 @@ fn a_shrink_that_a_power_loss_undoes_has_not_cut_users_bitmaps() {
     }
     assert!(undone > 0);
 }
+
+#[test]
+fn a_bitmap_whose_saved_bits_are_damaged_is_inconsistent_and_hides_no_other() {
+    let host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    apply(&fleece, &[add("a/x"), add("a/y")]);
+    touch(&fleece, "a", &[3]);
+    apply(&fleece, &[disable("a/x")]);
+    fleece.close().unwrap();
+    drop(fleece);
+    let log = host.files["a"].state.open("dirty.log").unwrap();
+    let areas = fleecefs::bitmap::sidecar::layout::AREAS_START;
+    for at in (areas..log.len().unwrap()).step_by(4096) {
+        let mut byte = [0];
+        log.read_at(&mut byte, at).unwrap();
+        log.write_at(&[byte[0] ^ 0x80], at).unwrap();
+    }
+    let fleece = host.mount();
+    assert_eq!(fleece.bitmaps("a").map(|all| all.len()).map_err(|e| e.to_string()), Ok(2));
+    assert!(info(&fleece, "a/x").inconsistent);
+    apply(&fleece, &[remove("a/x")]);
+}

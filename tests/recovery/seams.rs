@@ -254,3 +254,39 @@ fn a_bitmap_whose_saved_bits_are_damaged_is_inconsistent_and_hides_no_other() {
     assert!(info(&fleece, "a/x").inconsistent);
     apply(&fleece, &[remove("a/x")]);
 }
+
+#[test]
+fn no_region_is_disarmed_while_writers_have_no_pins() {
+    let mut host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    freeze(&fleece, "s");
+    disarm(&fleece);
+    touch(&fleece, "a", &[0]);
+    fleece.disarm_idle();
+    let faults = host.files["a"].state_faults.clone();
+    faults.fail_all(Call::Write, errno::EIO);
+    touch(&fleece, "a", &[4 * MIB / GRANULE]);
+    faults.clear();
+    // A write to the region that is armed, and a snapshot behind it, which begins to arm again.
+    let image = host.files["a"].image_faults.clone();
+    image.stall(Call::Write);
+    let writes = image.calls(Call::Write);
+    let guest = fleece.clone();
+    let writer = std::thread::spawn(move || touch(&guest, "a", &[1]));
+    wait_for("the write", || image.calls(Call::Write) > writes);
+    let control = fleece.clone();
+    let freezer = std::thread::spawn(move || freeze(&control, "t"));
+    wait_for("the arming", || counter(&fleece, "armed_regions") == SIZE / MIB);
+    fleece.disarm_idle();
+    image.release(Call::Write);
+    writer.join().unwrap();
+    freezer.join().unwrap();
+    assert_eq!(counter(&fleece, "armed_regions"), SIZE / MIB);
+    fleece.complete_snapshot("t", None).unwrap();
+    drop(fleece);
+    host.lose_power();
+    let fleece = host.mount();
+    freeze(&fleece, "u");
+    // The write may not have been durable when the power failed.
+    assert!(dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "t")).contains(&1));
+}

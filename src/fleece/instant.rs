@@ -92,6 +92,7 @@ impl Fleece {
             && let Err(e) = transaction::prepare(id, &parts)
         {
             taking.iter().for_each(Taking::forget);
+            work.forget();
             return Err(e);
         }
         let named = |disk: &Arc<Disk>| (disk.name().to_owned(), disk.clone());

@@ -290,3 +290,24 @@ fn no_region_is_disarmed_while_writers_have_no_pins() {
     // The write may not have been durable when the power failed.
     assert!(dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "t")).contains(&1));
 }
+
+#[test]
+fn a_batch_whose_snapshot_cannot_be_prepared_gives_back_what_it_made() {
+    let host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    apply(&fleece, &[add("a/x")]);
+    touch(&fleece, "a", &[3]);
+    let faults = host.files["a"].state_faults.clone();
+    let end = |name: &str| {
+        // Where the bits of a new bitmap lie tells how much is taken before them.
+        apply(&fleece, &[added(name, Some(GRANULE), true, true), merge(name, &["a/x"])]);
+        host.files["a"].state.open("dirty.log").unwrap().len().unwrap()
+    };
+    let before = end("a/m");
+    for _ in 0..20 {
+        faults.fail_nth(Call::Write, faults.calls(Call::Write) + 1, errno::EIO);
+        refused(&fleece, &[add("a/y"), hold("a/x"), snapshot("t")]);
+        faults.clear();
+    }
+    assert!(end("a/n") <= before + 4 * 4096);
+}

@@ -30,6 +30,8 @@ impl Fleece {
         let _control = self.control.lock();
         self.settle()?;
         let plan = Plan::new(self, actions)?;
+        // Who wrote before the instant did so before bitmaps cease to record, or are cleared.
+        plan.slots.iter().try_for_each(|slot| slot.disk.check_foreign())?;
         let request = plan.snapshot.clone();
         let mut work = Work::prepare(plan)?;
         let snapshot = match &request {

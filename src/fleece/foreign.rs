@@ -3,10 +3,10 @@
 //! `doc/foreign.md` says deed by deed what is found and what is not.
 //!
 //! * **While it is served, and after a kill**: the clock word says when the image was last written through us. It is
-//!   stored before and after each write. An image whose ctime is later than that, by more than the slack, was written by
-//!   somebody else; so was one of another length than we made or were about to make. After a kill it must also be the very
-//!   file: device and inode stand beside the clock. Asked at open, at every snapshot, before and after it, at a clean
-//!   close, and every few seconds in between.
+//!   stored before and after each write. An image whose ctime is later than that, by more than the slack, was written
+//!   by somebody else; so was one of another length than we made or were about to make. After a kill it must also be
+//!   the very file: device and inode stand beside the clock. Asked at open, at every snapshot, before and after it,
+//!   before a batch, at a clean close, and every few seconds in between.
 //! * **After a clean stop**: the stamp is compared as a whole. A ctime can't be set, so whoever wrote in between shows.
 //! * **After a power loss** the clock word is gone. The heartbeat in the superblock stands in: it is durable, and renewed
 //!   while the image is written to, so that no write of ours is later than it by more than its interval.

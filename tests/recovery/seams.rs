@@ -311,3 +311,17 @@ fn a_batch_whose_snapshot_cannot_be_prepared_gives_back_what_it_made() {
     }
     assert!(end("a/n") <= before + 4 * 4096);
 }
+
+#[test]
+fn a_foreign_write_before_a_batch_is_in_the_bitmap_that_it_disables() {
+    let host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    apply(&fleece, &[add("a/x")]);
+    touch(&fleece, "a", &[3]);
+    // More than the slack by which a clock of files may lag.
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    host.files["a"].image.write_at(&[9], 5 * GRANULE).unwrap();
+    apply(&fleece, &[disable("a/x")]);
+    freeze(&fleece, "s");
+    assert_eq!(count(&fleece, "a/x"), SIZE);
+}

@@ -133,8 +133,8 @@ impl Work {
 
     /// Before the lists are begun, which go on with what it leaves.
     fn keep_removed(&self) -> Result<()> {
-        let removed = self.plan.slots.iter().filter(|slot| slot.removed && slot.persistent);
-        removed.map(|slot| slot.disk.keep_removed(&slot.name)).collect()
+        let mut removed = self.plan.slots.iter().filter(|slot| slot.removed && slot.persistent);
+        removed.try_for_each(|slot| slot.disk.keep_removed(&slot.name))
     }
 
     fn prepare_bits(&mut self) -> Result<()> {

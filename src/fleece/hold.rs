@@ -200,6 +200,8 @@ fn end_one(disk: &Arc<Disk>, held: &Arc<Held>, end: &HoldEnd, lists: &mut Lists)
     let persistent = lists.edit(disk).iter().any(|user| user.name == held.name && user.persistent);
     let entry = match successor {
         Some(successor) => {
+            // Of what was written without its region armed, a power loss would leave the bits of the hold's end alone.
+            disk.begin_again()?;
             extra.iter().for_each(|extra| successor.bitmap.merge_from(extra));
             let successor = disk.tracking.succeed(&successor)?;
             lists.record(disk, &successor, persistent)?

@@ -5,7 +5,7 @@ use crate::power::{Moments, Watched};
 use crate::rig::*;
 use crate::steps::*;
 use fleecefs::error::errno;
-use fleecefs::fleece::{Environment, Fleece, Options};
+use fleecefs::fleece::{Environment, Fleece, HoldEnd, Options};
 use fleecefs::storage::crash::CrashDisk;
 use fleecefs::storage::faulty::Call;
 use fleecefs::storage::shm::HeapShmRoot;
@@ -324,4 +324,25 @@ fn a_foreign_write_before_a_batch_is_in_the_bitmap_that_it_disables() {
     apply(&fleece, &[disable("a/x")]);
     freeze(&fleece, "s");
     assert_eq!(count(&fleece, "a/x"), SIZE);
+}
+
+#[test]
+fn what_a_successor_has_of_regions_that_were_not_armed_is_there_after_a_power_loss() {
+    let mut host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    apply(&fleece, &[add("a/x")]);
+    disarm(&fleece);
+    let faults = host.files["a"].state_faults.clone();
+    faults.fail_all(Call::Write, errno::EIO);
+    touch(&fleece, "a", &[4 * MIB / GRANULE]);
+    faults.clear();
+    let hold = fleece.hold("a", "x").unwrap();
+    fleece.end_holds(&[(&hold, HoldEnd::Abdicate)]).unwrap();
+    touch(&fleece, "a", &[9]);
+    assert_eq!(counter(&fleece, "armed_regions"), SIZE / MIB);
+    drop((hold, fleece));
+    host.lose_power();
+    let fleece = host.mount();
+    let info = info(&fleece, "a/x");
+    assert!(info.inconsistent || info.count == SIZE, "{info:?}");
 }

@@ -36,7 +36,7 @@
 use super::disk::Disk;
 use super::tracking::{Recording, recording_checkpoint, recording_entry};
 use crate::bitmap::{
-    Bits, CheckpointEntry, Directory, DirtyBitmap, InImage, State, Superblock, UserBitmap, UserBitmapState,
+    BitmapEntry, Bits, CheckpointEntry, Directory, DirtyBitmap, InImage, State, Superblock, UserBitmap, UserBitmapState,
 };
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -379,6 +379,6 @@ impl Disk {
 /// What the directory says of a user's bitmap that records in new words.
 pub(super) fn follow(directory: &mut Directory, old: Uuid, new: &Recording) {
     for user in directory.bitmaps.iter_mut().filter(|user| user.bitmap.uuid == old) {
-        user.bitmap = recording_entry(new);
+        user.bitmap = BitmapEntry { everything: user.bitmap.everything.take(), ..recording_entry(new) };
     }
 }

@@ -4,6 +4,7 @@ use crate::medium::{Cut, CutDir, Mode};
 use crate::power::{Moments, Watched};
 use crate::rig::*;
 use crate::steps::*;
+use fleecefs::bitmap::sidecar::layout::INTENT_OFFSET;
 use fleecefs::error::errno;
 use fleecefs::fleece::{Environment, Fleece, HoldEnd, Options};
 use fleecefs::storage::crash::CrashDisk;
@@ -345,4 +346,27 @@ fn what_a_successor_has_of_regions_that_were_not_armed_is_there_after_a_power_lo
     let fleece = host.mount();
     let info = info(&fleece, "a/x");
     assert!(info.inconsistent || info.count == SIZE, "{info:?}");
+}
+
+#[test]
+fn a_resize_keeps_what_the_directory_says_of_a_lost_bitmap() {
+    let mut host = Host::new(&["a"], SIZE);
+    let fleece = host.mount();
+    apply(&fleece, &[add("a/x")]);
+    disarm(&fleece);
+    // The image has no place for a note: the directory alone says it.
+    host.files["a"].image_faults.fail_all(Call::Attribute, errno::EOPNOTSUPP);
+    let faults = host.files["a"].state_faults.clone();
+    faults.fail_range(Call::Write, INTENT_OFFSET..INTENT_OFFSET + 1, errno::EIO);
+    touch(&fleece, "a", &[4 * MIB / GRANULE]);
+    faults.clear();
+    assert_eq!(count(&fleece, "a/x"), SIZE);
+    fleece.resize_disk("a", 2 * SIZE).unwrap();
+    let grown = SIZE / GRANULE + 9;
+    touch(&fleece, "a", &[grown]);
+    drop(fleece);
+    host.lose_power();
+    let fleece = host.mount();
+    let info = info(&fleece, "a/x");
+    assert!(info.inconsistent || info.count == 2 * SIZE, "{info:?}");
 }

@@ -438,10 +438,12 @@ impl Taking {
     /// Takes the snapshot back in the directory; once that is durable, [`Taking::undone`] follows. The layer stays,
     /// hidden, since older views may look through it by now.
     pub(super) fn undo_in(&self, directory: &mut Directory, checkpoint: Uuid) {
+        // A loss since then stands with whichever of both recorded.
+        let lost = directory.checkpoints.last().and_then(|entry| entry.bitmap.everything.clone());
         directory.checkpoints.retain(|entry| entry.uuid != checkpoint);
         if let (Some(last), Some(old)) = (directory.checkpoints.last_mut(), &self.old) {
             last.state = CheckpointState::Recording;
-            last.bitmap = BitmapEntry { everything: self.old_everything.clone(), ..recording_entry(old) };
+            last.bitmap = BitmapEntry { everything: self.old_everything.clone().or(lost), ..recording_entry(old) };
         }
         directory.layers.retain(|entry| entry.uuid != self.layer.uuid);
         directory.layers.push(LayerEntry { snapshot: None, ..self.layer_entry.clone() });

@@ -370,3 +370,37 @@ fn a_resize_keeps_what_the_directory_says_of_a_lost_bitmap() {
     let info = info(&fleece, "a/x");
     assert!(info.inconsistent || info.count == 2 * SIZE, "{info:?}");
 }
+
+#[test]
+fn a_loss_stands_though_a_snapshot_is_taken_back_after_it() {
+    let mut tried = 0;
+    for n in 1..10 {
+        let mut host = Host::new(&["a"], SIZE);
+        let fleece = host.mount();
+        freeze(&fleece, "s");
+        fleece.complete_snapshot("s", None).unwrap();
+        disarm(&fleece);
+        // The image has no place for a note: the directory alone says it.
+        host.files["a"].image_faults.fail_all(Call::Attribute, errno::EOPNOTSUPP);
+        let faults = host.files["a"].state_faults.clone();
+        let calls = faults.calls(Call::Write);
+        (0..100).for_each(|nth| faults.fail_nth(Call::Write, calls + n + nth, errno::EIO));
+        if try_freeze(&fleece, "t", &[], None).is_ok() {
+            break;
+        }
+        faults.clear();
+        faults.fail_range(Call::Write, INTENT_OFFSET..INTENT_OFFSET + 1, errno::EIO);
+        touch(&fleece, "a", &[0]);
+        faults.clear();
+        apply(&fleece, &[]);
+        tried += u32::from(!has_checkpoint(&fleece, "a", "t"));
+        touch(&fleece, "a", &[9]);
+        drop(fleece);
+        host.lose_power();
+        let fleece = host.mount();
+        freeze(&fleece, "u");
+        let map = dirty_granules(&extents_since(&view_of(&fleece, "u", "a"), "s"));
+        assert!(map.contains(&0) && map.contains(&9), "cut at write {n}: {map:?}");
+    }
+    assert!(tried > 0);
+}

@@ -58,7 +58,8 @@ impl FailedChange {
                 directory.prepared = None;
                 directory.committed.retain(|id| *id != self.transaction);
                 if let Some(bitmaps) = self.lists.old(disk) {
-                    directory.bitmaps.clone_from(bitmaps);
+                    let now = std::mem::replace(&mut directory.bitmaps, bitmaps.clone());
+                    super::lost::keep_lost(&mut directory.bitmaps, &now);
                 }
                 if let (Some(taking), Some(checkpoint)) = (taking, self.checkpoint) {
                     taking.undo_in(directory, checkpoint);

@@ -96,6 +96,14 @@ fn set_everything(directory: &mut Directory, loss: &Loss, before: bool) {
     }
 }
 
+/// Users' bitmaps come back as they were, but for losses that `now` has of those of the same names.
+pub(super) fn keep_lost(back: &mut [UserBitmap], now: &[UserBitmap]) {
+    for user in back.iter_mut().filter(|user| user.state == UserBitmapState::Recording) {
+        let lost = now.iter().find(|other| other.name == user.name).and_then(|other| other.bitmap.everything.clone());
+        user.bitmap.everything = user.bitmap.everything.take().or(lost);
+    }
+}
+
 fn recording_uuid(directory: &Directory) -> Option<Uuid> {
     recording_checkpoint(directory).map(|entry| entry.uuid)
 }

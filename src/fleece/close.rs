@@ -48,7 +48,7 @@ impl Disk {
         }
         let mark = Uuid::new_v4();
         self.save_bitmaps(&chain, keep_views, mark)?;
-        self.note_is_over();
+        self.note_is_over(true);
         self.store_in_image(mark)?;
         if !self.read_only() {
             self.image().close()?;

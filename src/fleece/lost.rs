@@ -187,14 +187,20 @@ impl Disk {
             self.note_on_image(&reason);
             self.lose_tracking(&reason);
         }
-        // Only now: whoever finds it given up goes on at once.
+        // A checkpoint that began meanwhile may have taken the note away. Given up only now: whoever finds that goes on
+        // at once.
+        let mut noted = self.losses.noted.lock();
+        self.note_in(&mut noted, &format!("changes could not be recorded: {e}"));
         self.give_up_arming();
         Ok(())
     }
 
     /// Where there is no place for the note, only status and log have it: a power loss would forget it.
     pub(super) fn note_on_image(&self, reason: &str) {
-        let mut noted = self.losses.noted.lock();
+        self.note_in(&mut self.losses.noted.lock(), reason);
+    }
+
+    fn note_in(&self, noted: &mut bool, reason: &str) {
         if *noted || self.read_only() {
             return;
         }
@@ -213,6 +219,11 @@ impl Disk {
 
     /// The note that the open found goes: the directory says everything by now.
     pub(super) fn take_note_away(&self) {
+        self.take_away(&mut self.losses.noted.lock());
+    }
+
+    fn take_away(&self, noted: &mut bool) {
+        *noted = false;
         if self.read_only() || !matches!(self.image().note(), Ok(Some(_))) {
             return;
         }
@@ -220,17 +231,19 @@ impl Disk {
         let done = self.image().set_note(None);
         self.tracking.note_write();
         if let Err(e) = done {
-            *self.losses.noted.lock() = true;
+            *noted = true;
             log::warn!("disk '{}': {e}; the next mount says everything, too", self.name());
         }
     }
 
-    /// All that was not recorded is armed, or durable: unless the directory lacks a loss, no note is needed. Whether there
-    /// was one.
-    pub(super) fn note_is_over(&self) -> bool {
-        let over = self.losses.unsaved.lock().is_none() && std::mem::take(&mut *self.losses.noted.lock());
+    /// All that was not recorded is armed, or (`durable`) the disk is closed and all of it is durable: unless the directory
+    /// lacks a loss, no note is needed. Whether there was one.
+    pub(super) fn note_is_over(&self, durable: bool) -> bool {
+        let mut noted = self.losses.noted.lock();
+        // Given up again under this lock, see `tracking_failed`.
+        let over = *noted && self.losses.unsaved.lock().is_none() && (durable || !self.regions.given_up());
         if over {
-            self.take_note_away();
+            self.take_away(&mut noted);
         }
         over
     }

@@ -352,6 +352,6 @@ impl Disk {
             self.tracking.note_unarmed(false);
         }
         // What was not recorded is armed, and the directory says the rest.
-        if self.note_is_over() { self.begin_in_image() } else { Ok(()) }
+        if self.note_is_over(false) { self.begin_in_image() } else { Ok(()) }
     }
 }

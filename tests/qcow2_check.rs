@@ -463,14 +463,16 @@ fn locks_are_respected_both_ways() {
     }
     let dir = TempDir::new().unwrap();
     let path = make(&dir, recipe("compat=1.1"));
-    let mut writer = Command::new("qemu-io")
-        .arg(&path)
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    // It has the lock once qemu-img is refused.
+    let write = || {
+        let mut command = Command::new("qemu-io");
+        command.arg(&path).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let mut writer = write();
+    // It has the lock once qemu-img is refused; where it came while qemu-img had it, it has ended.
     while run("qemu-img", &["info", text(&path)]).status.success() {
+        if writer.try_wait().unwrap().is_some() {
+            writer = write();
+        }
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     for command in ["info", "check"] {

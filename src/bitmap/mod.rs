@@ -12,7 +12,7 @@ mod summary;
 
 pub use bits::Bits;
 pub use dirty::DirtyBitmap;
-pub use sidecar::layout::INTENT_REGIONS;
+pub use sidecar::layout::{AREA_MAX_BYTES, INTENT_REGIONS};
 pub use sidecar::{
     Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, HEARTBEAT_NS, InImage, LayerEntry,
     Loss, Prepared, PreparedAction, RegionBits, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState,

@@ -134,6 +134,10 @@ impl Disk {
             *self.losses.unsaved.lock() = Some((recording_uuid(&self.tracking.directory()), loss));
             self.note_on_image(reason);
         }
+        // Those that have come into the directory meanwhile got the reason, too.
+        for recording in self.tracking.recording().iter() {
+            recording.bitmap.mark_all();
+        }
         self.losses.some.store(true, Ordering::SeqCst);
         if was_lost {
             return log::debug!("disk '{}': tracking was lost already: {reason}", self.name());

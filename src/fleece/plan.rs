@@ -10,7 +10,7 @@ use super::batch::{Action, BitmapRef, Refused};
 use super::disk::Disk;
 use super::fleece::Fleece;
 use super::snapshot::SnapshotRequest;
-use crate::bitmap::{CheckpointEntry, CheckpointState, UserBitmap, UserBitmapState};
+use crate::bitmap::{AREA_MAX_BYTES, CheckpointEntry, CheckpointState, UserBitmap, UserBitmapState};
 use crate::error::errno;
 use crate::units::{DEFAULT_GRANULARITY, GRANULARITY_RANGE};
 use std::sync::Arc;
@@ -233,19 +233,28 @@ impl Plan {
         Ok(())
     }
 
-    /// Whether the image can keep one more bitmap.
+    /// Whether the image can keep one more bitmap, or else the sidecar.
     fn check_storable(&self, disk: &Arc<Disk>, name: &str, granularity: u64) -> Checked<()> {
-        let Some(image) = disk.image().stored() else { return Ok(()) };
+        let refused = |why: &str| {
+            let text = format!("Can't make bitmap '{name}' persistent in '{}': {why}", disk.name());
+            Err(Refused::new(errno::EINVAL, text))
+        };
+        let Some(image) = disk.image().stored() else {
+            let bytes = disk.size().div_ceil(granularity).div_ceil(8);
+            let fits = bytes <= AREA_MAX_BYTES;
+            return if fits {
+                Ok(())
+            } else {
+                refused("Too much space will be occupied by the bitmap. Use larger granularity")
+            };
+        };
         let directory = disk.tracking.directory();
         let added = |slot: &&Slot| {
             matches!(slot.origin, Origin::Added) && slot.persistent && !slot.removed && Arc::ptr_eq(&slot.disk, disk)
         };
         let mut others: Vec<&str> = self.slots.iter().filter(added).map(|slot| slot.name.as_str()).collect();
         others.extend(directory.bitmaps.iter().filter(|user| user.persistent).map(|user| user.name.as_str()));
-        image.can_store(name, granularity, &others).map_err(|why| {
-            let text = format!("Can't make bitmap '{name}' persistent in '{}': {why}", disk.name());
-            Refused::new(errno::EINVAL, text)
-        })
+        image.can_store(name, granularity, &others).or_else(|why| refused(&why))
     }
 
     fn record(&mut self, fleece: &Fleece, bitmap: &BitmapRef, recording: bool) -> Checked<()> {

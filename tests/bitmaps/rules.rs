@@ -51,6 +51,20 @@ fn each_refusal_has_qemus_text() {
     assert_errno(fleece.bitmaps("nope"), errno::ENOENT);
 }
 
+/// What a sidecar cannot keep is told when it is made, not at the stop that should save it.
+#[test]
+fn a_bitmap_longer_than_an_area_is_not_persistent() {
+    let host = Host::one();
+    let fleece = host.mount();
+    let image = Arc::new(RawImage::over(MemFile::new("huge", 8 << 40).shared(), false).unwrap());
+    fleece.attach("huge", image, fleecefs::fleece::Place::in_memory()).unwrap();
+    let text = "Can't make bitmap 'x' persistent in 'huge': \
+                Too much space will be occupied by the bitmap. Use larger granularity";
+    says(&fleece, added("huge/x", Some(512), true, false), text);
+    apply(&fleece, &[added("huge/x", Some(64 << 10), true, false)]);
+    fleece.close().unwrap();
+}
+
 #[test]
 fn disks_of_different_sizes_do_not_merge() {
     let host = Host::one();

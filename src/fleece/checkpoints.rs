@@ -159,9 +159,7 @@ fn merge_recording(disk: &Disk, older: &CheckpointEntry, newer: &CheckpointEntry
     let fresh = tracking.new_recording(granularity, size)?;
     {
         let _gate = disk.gate.write();
-        let mut list = (*tracking.recording()).clone();
-        list.push(fresh.clone());
-        tracking.switch(list);
+        tracking.also_record(&fresh);
     }
     // From here on every write is in `fresh`; what came before is added. The sum may be read at any time after.
     let sum = tracking.merged(older, newer, size)?;

@@ -19,7 +19,7 @@
 use super::BlockDevicePolicy;
 use super::disk::Disk;
 use super::found::SIDECAR;
-use super::tracking::{CLOCK, CLOCK_DEV, CLOCK_INO, CLOCK_LEN, CLOCK_LEN_NEXT, recording_checkpoint};
+use super::tracking::{CLOCK, CLOCK_DEV, CLOCK_INO, CLOCK_LEN, CLOCK_LEN_NEXT};
 use crate::bitmap::HEARTBEAT_NS;
 use crate::error::{Error, Result, errno};
 use crate::image::Image;
@@ -166,7 +166,7 @@ impl Disk {
     }
 
     fn recording_uuid(&self) -> Option<Uuid> {
-        recording_checkpoint(&self.tracking.directory()).map(|entry| entry.uuid)
+        super::lost::recording_uuid(&self.tracking.directory())
     }
 
     fn foreign_signs(&self) -> Result<Option<String>> {

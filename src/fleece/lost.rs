@@ -104,7 +104,7 @@ pub(super) fn keep_lost(back: &mut [UserBitmap], now: &[UserBitmap]) {
     }
 }
 
-fn recording_uuid(directory: &Directory) -> Option<Uuid> {
+pub(super) fn recording_uuid(directory: &Directory) -> Option<Uuid> {
     recording_checkpoint(directory).map(|entry| entry.uuid)
 }
 
@@ -116,9 +116,7 @@ impl Disk {
 
     /// The same; `before`: nor are those of the interval before it.
     pub(super) fn lose(&self, reason: &str, before: bool) {
-        for recording in self.tracking.recording().iter() {
-            recording.bitmap.mark_all();
-        }
+        self.tracking.mark_all();
         let told = self.losses.some.load(Ordering::SeqCst);
         let was_lost = match recording_uuid(&self.tracking.directory()) {
             Some(_) => self.tracking_loss().is_some(),
@@ -135,9 +133,7 @@ impl Disk {
             self.note_on_image(reason);
         }
         // Those that have come into the directory meanwhile got the reason, too.
-        for recording in self.tracking.recording().iter() {
-            recording.bitmap.mark_all();
-        }
+        self.tracking.mark_all();
         self.losses.some.store(true, Ordering::SeqCst);
         if was_lost {
             return log::debug!("disk '{}': tracking was lost already: {reason}", self.name());

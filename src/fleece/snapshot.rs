@@ -429,9 +429,7 @@ impl Taking {
         if let Some(old) = &self.old {
             let _gate = self.disk.gate.write();
             old.bitmap.merge_from(&self.recording.bitmap);
-            let mut list = (*self.disk.tracking.recording()).clone();
-            list.push(old.clone());
-            self.disk.tracking.switch(list);
+            self.disk.tracking.also_record(old);
         }
     }
 

@@ -85,6 +85,11 @@ impl Tracking {
         self.note_write();
     }
 
+    /// Marks everything in every recording bitmap.
+    pub(super) fn mark_all(&self) {
+        self.recording.load().iter().for_each(|recording| recording.bitmap.mark_all());
+    }
+
     /// Notes that the image is about to be written, for the next open to tell foreign writers from us.
     pub(super) fn note_write(&self) {
         let now = now_coarse_ns() as u64;
@@ -190,7 +195,7 @@ impl Tracking {
     }
 
     /// Writes a bitmap, which does not change any more, to its area, or to a new one where it has none. The entry is
-    /// what the directory is to hold: the commit that names it makes it durable, and so does [`Tracking::sync`]. Where
+    /// what the directory is to hold: the commit that names it makes it durable, and so does [`Sidecar::sync`]. Where
     /// there is no such commit, [`Tracking::abandon`] gives a new area back.
     pub(super) fn seal(&self, recording: &Recording, everything: Option<String>) -> Result<BitmapEntry> {
         let bits = recording.bitmap.bits();

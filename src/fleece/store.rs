@@ -362,7 +362,7 @@ pub(super) fn read_pieces(pieces: Vec<Piece>, buf: &mut [u8]) -> Result<()> {
     let io = first.layer.store.io.clone();
     let total: usize = pieces.iter().map(|piece| piece.len).sum();
     let (data, pieces) = io.run("read the store", move |_| {
-        let mut data = AlignedBuf::new(total);
+        let mut data = AlignedBuf::uncleared(total);
         let mut at = 0;
         for piece in &pieces {
             piece.layer.store.file.read_at(&mut data[at..at + piece.len], piece.offset)?;

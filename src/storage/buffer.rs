@@ -1,13 +1,25 @@
-//! Page-aligned buffers (O_DIRECT asks for them), a scratch buffer per thread, and the search for zeros.
+//! Page-aligned buffers (O_DIRECT asks for them), scratch buffers that are used again, and the search for zeros.
+//!
+//! Large buffers go from hand to hand between all threads, so that there are as many as are in use at once, not one for
+//! each thread that ever needed one; and the C library's allocator, which keeps what it got for each thread apart, has
+//! nothing to do with them. Small ones stay with their thread: no lock for a block of 4 KiB.
 
+use parking_lot::Mutex;
 use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 
 /// Alignment of every buffer made here: no medium asks its memory for more.
 pub const PAGE_BYTES: usize = 4096;
 
-/// Largest scratch buffer that a thread keeps: a full transfer of 1 MiB with a page of padding at both ends.
-const SCRATCH_BYTES: usize = (1 << 20) + 2 * PAGE_BYTES;
+/// Largest buffer that is kept: a full transfer of 1 MiB with a page of padding at both ends.
+const LARGE_BYTES: usize = (1 << 20) + 2 * PAGE_BYTES;
+/// Largest scratch buffer that a thread keeps for itself.
+const SMALL_BYTES: usize = 64 << 10;
+/// Most large buffers that are kept while nobody uses them.
+const LARGE_MAX: usize = 16;
+
+/// Large buffers that are free, the one used last at the end. Their content is arbitrary.
+static LARGE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
 /// A buffer of fixed length whose address is a multiple of [`PAGE_BYTES`].
 #[derive(Debug)]
@@ -20,9 +32,38 @@ pub struct AlignedBuf {
 impl AlignedBuf {
     /// A buffer of `len` zeros.
     pub fn new(len: usize) -> Self {
-        let raw = vec![0; len + PAGE_BYTES - 1];
+        let (mut buf, used) = AlignedBuf::any(len);
+        if used {
+            buf.fill(0);
+        }
+        buf
+    }
+
+    /// A buffer of `len` bytes of arbitrary content, for who fills all of it.
+    pub fn uncleared(len: usize) -> Self {
+        AlignedBuf::any(len).0
+    }
+
+    /// A buffer, and whether it was used before; else it is zeros.
+    fn any(len: usize) -> (Self, bool) {
+        let large = len > SMALL_BYTES && len <= LARGE_BYTES;
+        let kept = if large { LARGE.lock().pop() } else { None };
+        let used = kept.is_some();
+        let room = if large { LARGE_BYTES } else { len };
+        let raw = kept.unwrap_or_else(|| vec![0; room + PAGE_BYTES - 1]);
         let start = raw.as_ptr().addr().wrapping_neg() % PAGE_BYTES;
-        AlignedBuf { raw, start, len }
+        (AlignedBuf { raw, start, len }, used)
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        if self.raw.len() == LARGE_BYTES + PAGE_BYTES - 1 {
+            let mut kept = LARGE.lock();
+            if kept.len() < LARGE_MAX {
+                kept.push(std::mem::take(&mut self.raw));
+            }
+        }
     }
 }
 
@@ -43,14 +84,14 @@ thread_local! {
     static SCRATCH: Cell<Option<AlignedBuf>> = const { Cell::new(None) };
 }
 
-/// Runs `work` with a page-aligned buffer of `len` bytes that this thread reuses. Its content is arbitrary.
+/// Runs `work` with a page-aligned buffer of `len` bytes that is used again and again. Its content is arbitrary.
 ///
-/// Calls may nest: the inner one gets a buffer of its own, as does one that asks for more than is kept.
+/// Calls may nest: the inner one gets a buffer of its own.
 pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
-    if len > SCRATCH_BYTES {
-        return work(&mut AlignedBuf::new(len));
+    if len > SMALL_BYTES {
+        return work(&mut AlignedBuf::uncleared(len));
     }
-    let mut buf = SCRATCH.take().unwrap_or_else(|| AlignedBuf::new(SCRATCH_BYTES));
+    let mut buf = SCRATCH.take().unwrap_or_else(|| AlignedBuf::new(SMALL_BYTES));
     let result = work(&mut buf[..len]);
     SCRATCH.set(Some(buf));
     result
@@ -85,18 +126,25 @@ mod tests {
 
     #[test]
     fn scratch_is_reused_aligned_and_nests() {
-        let first = with_scratch(4096, |buf| {
-            assert_eq!(buf.as_ptr().addr() % PAGE_BYTES, 0);
-            buf.fill(7);
-            with_scratch(4096, |inner| inner.fill(9));
-            assert!(buf.iter().all(|b| *b == 7), "a nested scratch is another buffer");
-            buf.as_ptr().addr()
-        });
-        with_scratch(100, |again| {
-            assert_eq!(again.len(), 100);
-            let _ = first;
-        });
-        with_scratch(SCRATCH_BYTES + 1, |big| assert_eq!(big.len(), SCRATCH_BYTES + 1));
+        for len in [4096, SMALL_BYTES + 1, LARGE_BYTES, LARGE_BYTES + 1] {
+            with_scratch(len, |buf| {
+                assert_eq!((buf.as_ptr().addr() % PAGE_BYTES, buf.len()), (0, len));
+                buf.fill(7);
+                with_scratch(len, |inner| inner.fill(9));
+                assert!(buf.iter().all(|b| *b == 7), "a nested scratch is another buffer");
+            });
+        }
+    }
+
+    #[test]
+    fn large_buffers_are_kept_up_to_a_number_and_come_back_cleared() {
+        let mut all: Vec<_> = (0..2 * LARGE_MAX).map(|_| AlignedBuf::uncleared(LARGE_BYTES)).collect();
+        all.iter_mut().for_each(|buf| buf.fill(0xee));
+        // The other tests' threads use them, too.
+        drop(all);
+        assert!(LARGE.lock().len() <= LARGE_MAX);
+        let cleared: Vec<_> = (0..LARGE_MAX).map(|_| AlignedBuf::new(SMALL_BYTES + 1)).collect();
+        assert!(cleared.iter().all(|buf| is_zero(buf)));
     }
 
     #[test]

@@ -79,6 +79,18 @@ fn merging(c: &mut Criterion) {
         target.mark_all();
         b.iter(|| target.merge_from(black_box(&full)));
     });
+    // Filled as guests do it.
+    let written = partly(GRANULARITY, TIB, 1, 1);
+    group.bench_function("full into full, 1 TiB at 64 KiB, marked granule by granule", |b| {
+        let target = partly(GRANULARITY, TIB, 1, 1);
+        b.iter(|| target.merge_from(black_box(&written)));
+    });
+    // Nothing counts as full here, and each word is read.
+    let nearly = partly(GRANULARITY, TIB, 4095, 4096);
+    group.bench_function("all but one granule in 4096 into the same, 1 TiB at 64 KiB", |b| {
+        let target = partly(GRANULARITY, TIB, 4095, 4096);
+        b.iter(|| target.merge_from(black_box(&nearly)));
+    });
     let sparse = partly(GRANULARITY, TIB, 1, 1 << 14);
     let fine = |count, of| partly(4096, TIB, count, of);
     let cases = [

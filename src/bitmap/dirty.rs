@@ -4,7 +4,8 @@
 //! mark of one byte marks its granule, a merge between granularities marks every granule that a dirty byte touches. So
 //! a bitmap may say too much, never too little.
 
-use crate::bitmap::bits::{Bits, Put};
+use crate::bitmap::bits::Bits;
+use crate::bitmap::put::Put;
 use crate::bitmap::scale;
 use crate::error::{Error, Result, errno};
 use crate::sync::full_fence;
@@ -138,18 +139,29 @@ impl DirtyBitmap {
     }
 }
 
-/// Puts a bitmap's bits into one of another granularity, as far as its disk of `size` bytes reaches too.
+/// Puts a bitmap's bits into one of another granularity, as far as its disk of `size` bytes reaches too. What becomes
+/// part of groups that are full there is not looked at.
 fn scaled(from: &DirtyBitmap, granularity: u64, size: u64, put: &mut Put<'_>) {
     let bytes = size.min(from.size);
     let (to_shift, from_shift) = (granularity.trailing_zeros(), from.granularity.trailing_zeros());
-    from.bits.each_group(bytes.div_ceil(from.granularity), |first, words| {
-        if to_shift < from_shift {
-            let end = bytes.div_ceil(granularity);
-            scale::expand(words, first, from_shift - to_shift, end, |first, words| put.or(first, words));
-        } else {
-            scale::shrink(words, first, to_shift - from_shift, |first, words| put.or(first, words));
-        }
-    });
+    let bits = bytes.div_ceil(from.granularity);
+    let there = put.summary();
+    if to_shift < from_shift {
+        let (shift, end) = (from_shift - to_shift, bytes.div_ceil(granularity));
+        let full = |group: usize| {
+            let first = group.saturating_mul(1 << shift);
+            (first..first.saturating_add(1 << shift)).all(|group| there.is_full(group))
+        };
+        from.bits.each_group(bits, full, |first, words| {
+            scale::expand(words, first, shift, end, |first, words| put.or(first, words));
+        });
+    } else {
+        let shift = to_shift - from_shift;
+        let full = |group: usize| there.is_full(group >> shift);
+        from.bits.each_group(bits, full, |first, words| {
+            scale::shrink(words, first, shift, |first, words| put.or(first, words));
+        });
+    }
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]

@@ -204,8 +204,8 @@ impl Work {
                     self.bits[*slot].value = Some(DirtyBitmap::heap(*granularity, disk.size())?);
                 }
                 Step::Merge { target, sources } => {
-                    let sum = self.bits[*target].copy(&self.plan.slots[*target])?;
-                    sources.iter().for_each(|source| self.bits[*source].add_to(&sum));
+                    let mut sum = self.bits[*target].copy(&self.plan.slots[*target])?;
+                    sources.iter().for_each(|source| self.bits[*source].add_to(&mut sum));
                     self.bits[*target].value = Some(sum);
                 }
                 Step::Hold(slot) => {
@@ -315,17 +315,17 @@ impl Prepared {
         Ok(())
     }
 
-    fn add_to(&self, sum: &DirtyBitmap) {
+    fn add_to(&self, sum: &mut DirtyBitmap) {
         match (&self.value, &self.live) {
-            (Some(value), _) => sum.merge_from(value),
-            (None, Some(live)) => sum.merge_from(&live.bitmap),
+            (Some(value), _) => sum.absorb(value),
+            (None, Some(live)) => sum.absorb(&live.bitmap),
             (None, None) => (),
         }
     }
 
     fn copy(&self, slot: &Slot) -> Result<DirtyBitmap> {
-        let copy = DirtyBitmap::heap(slot.granularity, slot.disk.size())?;
-        self.add_to(&copy);
+        let mut copy = DirtyBitmap::heap(slot.granularity, slot.disk.size())?;
+        self.add_to(&mut copy);
         Ok(copy)
     }
 }

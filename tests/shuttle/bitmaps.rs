@@ -1,6 +1,7 @@
 //! Batches and holds beside writers: a write is on one side of the instant, the same one in every bitmap and view.
 
 use crate::rig::*;
+use fleecefs::bitmap::Bits;
 use fleecefs::fleece::{Action, BitmapRef, Fleece, HoldEnd, Options, SnapshotRequest};
 use shuttle::thread;
 use std::sync::Arc;
@@ -71,6 +72,25 @@ fn a_write_is_on_one_side_of_a_batch_in_every_bitmap() {
         assert_eq!(count("b/x"), 1 - before_b);
         // One instant of both disks: the writes came one after the other.
         assert!(before >= before_b && (before < 2 || before_b == 1), "{before} {before_b}");
+    });
+}
+
+/// What counts as full there is skipped by the merge.
+#[test]
+fn a_merge_beside_the_last_mark_of_a_group_leaves_no_bit_out() {
+    const GROUP: u64 = 64 * 64;
+    explore(1, || {
+        let (bits, all) = (Arc::new(Bits::heap(GROUP)), Bits::heap(GROUP));
+        bits.set_range(0..GROUP - 1);
+        all.set_range(0..GROUP);
+        let marker = {
+            let bits = bits.clone();
+            thread::spawn(move || bits.set_range(GROUP - 1..GROUP))
+        };
+        bits.or_from(&all);
+        assert!(bits.get(GROUP - 1));
+        marker.join().unwrap();
+        assert_eq!((bits.count(), bits.next_clear(0, GROUP)), (GROUP, None));
     });
 }
 

@@ -5,7 +5,7 @@
 //! when there are more than [`MAX_POINTS`], every other one goes and the spacing doubles, so that what a map holds
 //! does not grow with it.
 
-use super::format::bmap_checksum_place;
+use super::format::{Length, Line, Sink, bmap_checksum_place};
 use super::runs::{Run, runs};
 use super::{ExtentSource, MapFormat, MapMeta, Totals};
 use crate::error::{Error, Result, errno};
@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Text between two resume points, at first.
-const POINT_SPACING_BYTES: u64 = 256 << 10;
+const POINT_SPACING_BYTES: u64 = 32 << 10;
 /// Most resume points of one map (16 bytes each).
 const MAX_POINTS: usize = 8192;
 /// Text that is collected before it is written out.
@@ -75,15 +75,19 @@ impl MapFile {
         }
         let mut totals = Totals { size, ..Totals::default() };
         let mut body_len = 0;
-        entries(&*source, format, START, |run, text| {
+        let mut note = |run: &Run, len: usize| {
             points.note(Point { text: body_len, source: run.source });
             totals.add(run);
-            body_len += text.len() as u64;
-            if let Some(hash) = &mut hash {
-                hash.update(text);
-            }
+            body_len += len as u64;
             Ok(ControlFlow::Continue(()))
-        })?;
+        };
+        match &mut hash {
+            Some(hash) => entries(&*source, format, START, |run, line: &Line| {
+                hash.update(line.text());
+                note(run, line.text().len())
+            })?,
+            None => entries(&*source, format, START, |run, length: &Length| note(run, length.0))?,
+        }
         let tail = format.tail(&totals);
         if let (Some(mut hash), Some(place)) = (hash, bmap_checksum_place(&head)) {
             hash.update(&tail);
@@ -117,9 +121,9 @@ impl MapFile {
         if !window.is_full() && window.next() < body + self.body_len {
             let point = self.points.before(window.next() - body);
             let mut at = body + point.text;
-            entries(&*self.source, self.format, point, |_, text| {
-                window.put(text.as_bytes(), at);
-                at += text.len() as u64;
+            entries(&*self.source, self.format, point, |_, line: &Line| {
+                window.put(line.text(), at);
+                at += line.text().len() as u64;
                 Ok(if window.is_full() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             })?;
         }
@@ -132,17 +136,22 @@ impl MapFile {
 
     /// Writes the whole text in one pass.
     pub fn write_to(&self, out: &mut dyn Write) -> Result<()> {
-        let mut buffer = self.head.clone();
-        entries(&*self.source, self.format, START, |_, text| {
-            buffer.push_str(text);
-            if buffer.len() >= WRITE_BYTES {
-                write_out(out, &mut buffer)?;
-            }
-            Ok(ControlFlow::Continue(()))
-        })?;
-        buffer.push_str(&self.tail);
-        write_out(out, &mut buffer)?;
-        out.flush().map_err(|e| Error::io("write map", e))
+        write_text(&*self.source, self.format, &self.head, |_| self.tail.clone(), out)
+    }
+
+    /// Writes the map of `source` for who wants its text once: as [`MapFile::new`] and [`MapFile::write_to`], in one pass
+    /// over the source where the format's head holds no sums.
+    pub fn write_once(
+        source: Arc<dyn ExtentSource + Send + Sync>,
+        format: MapFormat,
+        meta: &MapMeta,
+        out: &mut dyn Write,
+    ) -> Result<()> {
+        if format.head_has_sums() {
+            return MapFile::new(source, format, meta)?.write_to(out);
+        }
+        let head = format.head(meta, source.disk_size(), &Totals::default());
+        write_text(&*source, format, &head, |totals| format.tail(totals), out)
     }
 
     /// Bytes that this map keeps, for the test of their bound.
@@ -152,28 +161,49 @@ impl MapFile {
     }
 }
 
-fn write_out(out: &mut dyn Write, buffer: &mut String) -> Result<()> {
-    out.write_all(buffer.as_bytes()).map_err(|e| Error::io("write map", e))?;
+fn write_text(
+    source: &dyn ExtentSource,
+    format: MapFormat,
+    head: &str,
+    tail: impl FnOnce(&Totals) -> String,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let mut buffer = head.as_bytes().to_vec();
+    let mut totals = Totals { size: source.disk_size(), ..Totals::default() };
+    entries(source, format, START, |run, line: &Line| {
+        totals.add(run);
+        buffer.extend_from_slice(line.text());
+        if buffer.len() >= WRITE_BYTES {
+            write_out(out, &mut buffer)?;
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    buffer.extend_from_slice(tail(&totals).as_bytes());
+    write_out(out, &mut buffer)?;
+    out.flush().map_err(|e| Error::io("write map", e))
+}
+
+fn write_out(out: &mut dyn Write, buffer: &mut Vec<u8>) -> Result<()> {
+    out.write_all(buffer).map_err(|e| Error::io("write map", e))?;
     buffer.clear();
     Ok(())
 }
 
 /// Makes the entries from `point` on and hands each to `take` with its run, until that has enough.
-fn entries(
+fn entries<S: Sink>(
     source: &dyn ExtentSource,
     format: MapFormat,
     point: Point,
-    mut take: impl FnMut(&Run, &str) -> Result<ControlFlow<()>>,
+    mut take: impl FnMut(&Run, &S) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let size = source.disk_size();
     let mut first = point == START;
-    let mut text = String::new();
+    let mut line = S::default();
     for run in runs(source, format, point.source)? {
         let run = run?;
-        text.clear();
-        format.entry(&run, size, first, &mut text);
+        format.entry(&run, size, first, &mut line);
         first = false;
-        if take(&run, &text)?.is_break() {
+        if take(&run, &line)?.is_break() {
             break;
         }
     }
@@ -238,8 +268,8 @@ impl Window<'_> {
         let rest = usize::try_from(skip).ok().and_then(|skip| text.get(skip..)).unwrap_or(&[]);
         let free = self.buf.get_mut(self.filled..).unwrap_or(&mut []);
         let count = rest.len().min(free.len());
-        for (to, from) in free.iter_mut().zip(rest) {
-            *to = *from;
+        if let (Some(to), Some(from)) = (free.get_mut(..count), rest.get(..count)) {
+            to.copy_from_slice(from);
         }
         self.filled += count;
     }

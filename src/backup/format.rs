@@ -124,43 +124,66 @@ impl MapFormat {
         }
     }
 
-    /// Appends the entry of one run.
-    pub(super) fn entry(self, run: &Run, size: u64, first: bool, out: &mut String) {
+    /// Puts the entry of one run into `line`. Maps have millions of them: those that programs read are put together
+    /// without the machinery of [`write!`], which takes several times as long.
+    pub(super) fn entry(self, run: &Run, size: u64, first: bool, line: &mut impl Sink) {
         let (start, length) = (run.start, run.length());
-        let separator = |with: &'static str| if first { "" } else { with };
-        // Writing to a String cannot fail.
-        let _ = match self {
-            MapFormat::Json => write!(
-                out,
-                "{}{{\"start\": {start}, \"length\": {length}, \"dirty\": {}, \"zero\": {}}}",
-                separator(",\n "),
-                run.dirty,
-                run.zero
-            ),
-            MapFormat::Borg => writeln!(out, "{start} {length} {}", borg_state(run)),
-            MapFormat::Rbd => write!(
-                out,
-                "{}{{\"offset\":{start},\"length\":{length},\"exists\":\"{}\"}}",
-                separator(",\n"),
-                !run.zero
-            ),
-            MapFormat::Bmap => bmap_range(start / BMAP_BLOCK, run.end / BMAP_BLOCK - 1, out),
-            MapFormat::Ddrescue => {
-                writeln!(out, "0x{start:08X}  0x{length:08X}  {}", if run.dirty { '+' } else { '?' })
+        line.clear();
+        match self {
+            MapFormat::Json => {
+                if !first {
+                    line.put(b",\n ");
+                }
+                line.put(b"{\"start\": ").number(start).put(b", \"length\": ").number(length);
+                match (run.dirty, run.zero) {
+                    (false, false) => line.put(b", \"dirty\": false, \"zero\": false}"),
+                    (false, true) => line.put(b", \"dirty\": false, \"zero\": true}"),
+                    (true, false) => line.put(b", \"dirty\": true, \"zero\": false}"),
+                    (true, true) => line.put(b", \"dirty\": true, \"zero\": true}"),
+                };
             }
-            MapFormat::Nbd => write!(
-                out,
-                "{}{{ \"offset\": {start}, \"length\": {length}, \"type\": {}, \"description\": \"{}\"}}",
-                separator(",\n"),
-                u8::from(run.dirty),
-                if run.dirty { "dirty" } else { "clean" }
-            ),
+            MapFormat::Borg => {
+                line.number(start).put(b" ").number(length).put(match (run.dirty, run.zero) {
+                    (false, _) => b" same\n",
+                    (true, true) => b" zero\n",
+                    (true, false) => b" data\n",
+                });
+            }
+            MapFormat::Rbd => {
+                line.separate(first).put(b"{\"offset\":").number(start).put(b",\"length\":").number(length);
+                if run.zero {
+                    line.put(b",\"exists\":\"false\"}")
+                } else {
+                    line.put(b",\"exists\":\"true\"}")
+                };
+            }
+            MapFormat::Bmap => {
+                let (from, to) = (start / BMAP_BLOCK, run.end / BMAP_BLOCK - 1);
+                line.put(b"        <Range> ").number(from);
+                if from != to {
+                    line.put(b"-").number(to);
+                }
+                line.put(b" </Range>\n");
+            }
+            MapFormat::Ddrescue => {
+                let status = if run.dirty { b"  +\n" } else { b"  ?\n" };
+                line.put(b"0x").hex(start).put(b"  0x").hex(length).put(status);
+            }
+            MapFormat::Nbd => {
+                line.separate(first).put(b"{ \"offset\": ").number(start).put(b", \"length\": ").number(length);
+                line.put(match run.dirty {
+                    true => b", \"type\": 1, \"description\": \"dirty\"}",
+                    false => b", \"type\": 0, \"description\": \"clean\"}",
+                });
+            }
             MapFormat::Csi => {
-                write!(out, "{}{{\"byte_offset\":{start},\"size_bytes\":{length}}}", separator(",\n"))
+                line.separate(first).put(b"{\"byte_offset\":").number(start);
+                line.put(b",\"size_bytes\":").number(length).put(b"}");
             }
             MapFormat::Text => {
-                let w = text_width(size);
-                writeln!(out, "  {start:>w$}  {length:>w$}  {:>10}  {}", human_size(length), text_state(run))
+                let (w, size) = (text_width(size), human_size(length));
+                // Writing to a line cannot fail.
+                let _ = writeln!(line, "  {start:>w$}  {length:>w$}  {size:>10}  {}", text_state(run));
             }
         };
     }
@@ -229,14 +252,6 @@ fn one_line(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-fn borg_state(run: &Run) -> &'static str {
-    match (run.dirty, run.zero) {
-        (false, _) => "same",
-        (true, true) => "zero",
-        (true, false) => "data",
-    }
-}
-
 fn text_state(run: &Run) -> &'static str {
     match (run.dirty, run.zero) {
         (true, true) => "changed, zeros",
@@ -279,10 +294,126 @@ pub(super) fn bmap_checksum_place(head: &str) -> Option<std::ops::Range<usize>> 
     Some(start..start + SHA256_DIGITS)
 }
 
-fn bmap_range(first: u64, last: u64, out: &mut String) -> std::fmt::Result {
-    if first == last {
-        writeln!(out, "        <Range> {first} </Range>")
-    } else {
-        writeln!(out, "        <Range> {first}-{last} </Range>")
+/// Room for the longest entry: of [`MapFormat::Nbd`], with two numbers of 20 digits.
+const LINE_BYTES: usize = 128;
+
+/// Takes an entry piece by piece: its text, or only the length of it.
+pub(super) trait Sink: Write + Default {
+    fn clear(&mut self);
+
+    fn put<const N: usize>(&mut self, text: &[u8; N]) -> &mut Self;
+
+    /// The lowest `digits` digits of a number.
+    fn digits<const BASE: u64>(&mut self, number: u64, digits: usize) -> &mut Self;
+
+    #[inline(always)]
+    fn number(&mut self, number: u64) -> &mut Self {
+        self.digits::<10>(number, number.checked_ilog10().unwrap_or(0) as usize + 1)
+    }
+
+    /// In at least eight digits.
+    #[inline(always)]
+    fn hex(&mut self, number: u64) -> &mut Self {
+        self.digits::<16>(number, (16 - number.leading_zeros() as usize / 4).max(8))
+    }
+
+    #[inline(always)]
+    fn separate(&mut self, first: bool) -> &mut Self {
+        if first { self } else { self.put(b",\n") }
+    }
+}
+
+/// The text of one entry.
+pub(super) struct Line {
+    bytes: [u8; LINE_BYTES],
+    len: usize,
+}
+
+impl Default for Line {
+    fn default() -> Line {
+        Line { bytes: [0; LINE_BYTES], len: 0 }
+    }
+}
+
+impl Line {
+    /// The text so far.
+    pub fn text(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
+
+impl Sink for Line {
+    fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Copies of a length that the compiler knows take an instruction or two.
+    #[inline(always)]
+    fn put<const N: usize>(&mut self, text: &[u8; N]) -> &mut Self {
+        let room = self.bytes.get_mut(self.len..).and_then(|rest| rest.first_chunk_mut());
+        debug_assert!(room.is_some(), "the longest entry is longer");
+        if let Some(room) = room {
+            *room = *text;
+            self.len += N;
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn digits<const BASE: u64>(&mut self, number: u64, digits: usize) -> &mut Self {
+        let room = self.bytes.get_mut(self.len..self.len + digits);
+        debug_assert!(room.is_some(), "the longest entry is longer");
+        let digit = |digit: u64| digit as u8 + if digit < 10 { b'0' } else { b'A' - 10 };
+        let mut left = number;
+        // Two at a time: a division is what takes long.
+        for pair in room.unwrap_or_default().rchunks_mut(2) {
+            let both = left % (BASE * BASE);
+            left /= BASE * BASE;
+            if let [high, low] = pair {
+                (*high, *low) = (digit(both / BASE), digit(both % BASE));
+            } else if let [only] = pair {
+                *only = digit(both % BASE);
+            }
+        }
+        self.len = (self.len + digits).min(LINE_BYTES);
+        self
+    }
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        let room = self.bytes.get_mut(self.len..self.len + text.len()).ok_or(std::fmt::Error)?;
+        room.copy_from_slice(text.as_bytes());
+        self.len += text.len();
+        Ok(())
+    }
+}
+
+/// The length of one entry in bytes.
+#[derive(Default)]
+pub(super) struct Length(pub usize);
+
+impl Sink for Length {
+    fn clear(&mut self) {
+        self.0 = 0;
+    }
+
+    #[inline(always)]
+    fn put<const N: usize>(&mut self, _text: &[u8; N]) -> &mut Self {
+        self.0 += N;
+        self
+    }
+
+    #[inline(always)]
+    fn digits<const BASE: u64>(&mut self, _number: u64, digits: usize) -> &mut Self {
+        self.0 += digits;
+        self
+    }
+}
+
+impl Write for Length {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0 += text.len();
+        Ok(())
     }
 }

@@ -70,7 +70,11 @@ fn text_of(file: &MapFile) -> String {
 }
 
 fn render(list: &List, format: MapFormat) -> String {
-    text_of(&MapFile::new(Arc::new(list.clone()), format, &meta()).unwrap())
+    let text = text_of(&MapFile::new(Arc::new(list.clone()), format, &meta()).unwrap());
+    let mut once = Vec::new();
+    MapFile::write_once(Arc::new(list.clone()), format, &meta(), &mut once).unwrap();
+    assert_eq!(String::from_utf8(once).unwrap(), text, "{format}");
+    text
 }
 
 fn json(text: &str) -> Vec<serde_json::Value> {
@@ -254,6 +258,20 @@ proptest! {
             extents: list.runs(|e| Some((e.dirty, e.zero))).len() as u64,
         };
         prop_assert_eq!(Totals::of(&list).unwrap(), expected);
+    }
+}
+
+#[test]
+fn the_largest_numbers_stand_in_full_in_every_format() {
+    let source = List::new(&[(0x7fff_ffff_ffff_0000, true, true), (0xffff, false, false)]);
+    for format in MapFormat::ALL {
+        let text = render(&source, format);
+        let expected = match format {
+            MapFormat::Bmap => "<Range> 0-2251799813685231 </Range>",
+            MapFormat::Ddrescue => "0x7FFFFFFFFFFF0000  0x0000FFFF  ?",
+            _ => "9223372036854710272",
+        };
+        assert!(text.contains(expected), "{text}");
     }
 }
 

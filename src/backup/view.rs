@@ -3,6 +3,7 @@
 use super::{Extent, ExtentSource, Extents, MapMeta, MapPoint};
 use crate::error::Result;
 use crate::fleece::{Point, ViewMap, ZeroCursor};
+use std::ops::Range;
 
 impl ExtentSource for ViewMap {
     fn disk_size(&self) -> u64 {
@@ -10,46 +11,37 @@ impl ExtentSource for ViewMap {
     }
 
     fn extents_from(&self, offset: u64) -> Result<Extents<'_>> {
-        Ok(Box::new(Walk { map: self, zeros: self.zero_cursor(), at: offset, next: None }))
+        Ok(Box::new(Walk { map: self, zeros: self.zero_cursor(), at: offset, dirty: 0..0, zero: (false, 0) }))
     }
 }
 
-/// Walks dirty runs and zero runs side by side and merges neighbours of equal state.
+/// Walks dirty runs and zero runs side by side. Both are as long as possible, so neighbours are of different states.
 struct Walk<'a> {
     map: &'a ViewMap,
     zeros: ZeroCursor,
     at: u64,
-    /// The first run behind `at` that was looked at already: it differs from the one before it.
-    next: Option<Extent>,
+    /// The first dirty run that ends behind `at`, where it was looked for.
+    dirty: Range<u64>,
+    /// Whether what is at `at` is zero, and where that ends; behind `at` where it was asked.
+    zero: (bool, u64),
 }
 
 impl Walk<'_> {
-    /// The run at `at` on which neither state changes.
-    fn run(&mut self, at: u64) -> Result<Option<Extent>> {
-        let left = self.map.disk_size().saturating_sub(at);
-        if left == 0 {
+    fn step(&mut self) -> Result<Option<Extent>> {
+        let (start, size) = (self.at, self.map.disk_size());
+        if start >= size {
             return Ok(None);
         }
-        let (dirty, dirty_len) = self.map.dirty_run(at, left);
-        let (zero, length) = self.zeros.run(at, dirty_len)?;
-        Ok(Some(Extent { start: at, length: length.max(1), dirty, zero }))
-    }
-
-    fn step(&mut self) -> Result<Option<Extent>> {
-        let first = match self.next.take() {
-            Some(run) => Some(run),
-            None => self.run(self.at)?,
-        };
-        let Some(mut merged) = first else { return Ok(None) };
-        while let Some(run) = self.run(merged.start + merged.length)? {
-            if (run.dirty, run.zero) != (merged.dirty, merged.zero) {
-                self.next = Some(run);
-                break;
-            }
-            merged.length += run.length;
+        if self.dirty.end <= start {
+            self.dirty = self.map.next_dirty(start);
         }
-        self.at = merged.start + merged.length;
-        Ok(Some(merged))
+        if self.zero.1 <= start {
+            let (zero, length) = self.zeros.run(start, size - start)?;
+            self.zero = (zero, start + length.max(1));
+        }
+        let dirty = self.dirty.start <= start;
+        self.at = self.zero.1.min(if dirty { self.dirty.end } else { self.dirty.start });
+        Ok(Some(Extent { start, length: self.at - start, dirty, zero: self.zero.0 }))
     }
 }
 

@@ -151,7 +151,11 @@ impl MapArgs {
         let mut out = Out::new();
         if !self.totals {
             let format = if self.json { MapFormat::Json } else { self.output };
-            return MapFile::new(Arc::new(source), format, meta)?.write_to(&mut out);
+            return if format == MapFormat::Json && source.is_the_file() {
+                source.copy_to(&mut out)
+            } else {
+                MapFile::write_once(Arc::new(source), format, meta, &mut out)
+            };
         }
         if !matches!(self.output, MapFormat::Text | MapFormat::Json) {
             let why = format!("there are no sums in format '{}'", self.output.name());

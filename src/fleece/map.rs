@@ -8,6 +8,7 @@ use super::view::{Point, View};
 use super::zeros::{ZeroCursor, ZeroMap};
 use crate::bitmap::DirtyBitmap;
 use crate::error::Result;
+use std::ops::Range;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -60,6 +61,17 @@ impl ViewMap {
             Some(run) => (false, run.start - offset),
             None => (false, end.saturating_sub(offset)),
         }
+    }
+
+    /// The first run of bytes at or behind `offset` that may have changed, as long as possible; an empty one at the end of
+    /// the disk where there is none.
+    pub fn next_dirty(&self, offset: u64) -> Range<u64> {
+        let size = self.view.size();
+        let found = match &self.bitmap {
+            Some(bitmap) => bitmap.next_dirty_run(offset, size),
+            None => Some(offset.min(size)..size),
+        };
+        found.unwrap_or(size..size)
     }
 
     /// Bytes that may have changed.

@@ -3,7 +3,8 @@
 //! Allocation alone tells it, and allocation changes under a view: a chunk that was stored as zeros becomes a hole when
 //! it is preserved. So the first question walks the view once and keeps the answer in `layers/LAYER/zeros`: the offsets
 //! in bytes, 64 bits each, little-endian, ascending, at which whole chunks of holes begin and end, in turn. The file is
-//! complete before it gets its name, and lives as long as the layer, also over kill -9. Memory: one window of 64 KiB.
+//! complete before it gets its name, and lives as long as the layer, also over kill -9. Memory: one window of 64 KiB for
+//! each walk, and the one that was read last, where the next walk begins: who reads a map's text in pieces walks on.
 
 use super::store::{StoreIo, layer_dir};
 use super::view::View;
@@ -11,6 +12,7 @@ use crate::error::Result;
 use crate::storage::SharedStorage;
 use crate::sync::Mutex;
 use crate::units::{round_down, round_up};
+use std::ops::Range;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -36,6 +38,15 @@ pub(super) struct ZeroMap {
     entries: u64,
     io: Arc<StoreIo>,
     size: u64,
+    latest: Mutex<Window>,
+}
+
+/// A piece of the file. Clones share it.
+#[derive(Debug, Clone)]
+struct Window {
+    bytes: Arc<[u8]>,
+    /// Byte of the file at which it starts.
+    start: u64,
 }
 
 impl Zeros {
@@ -66,7 +77,8 @@ impl Zeros {
             }
             None => 0,
         };
-        let map = Arc::new(ZeroMap { file, entries, io: self.io.clone(), size: view.size() });
+        let latest = Mutex::new(Window { bytes: Arc::new([]), start: 0 });
+        let map = Arc::new(ZeroMap { file, entries, io: self.io.clone(), size: view.size(), latest });
         *made = Some(map.clone());
         Ok(map)
     }
@@ -138,7 +150,7 @@ impl Writer<'_> {
 impl ZeroMap {
     /// A reader of the map, for walking on from some place.
     pub(super) fn cursor(self: &Arc<Self>) -> ZeroCursor {
-        ZeroCursor { map: self.clone(), window: Vec::new(), window_start: 0, passed: 0 }
+        ZeroCursor { map: self.clone(), window: self.latest.lock().clone(), passed: 0, span: 0..0 }
     }
 }
 
@@ -146,31 +158,39 @@ impl ZeroMap {
 #[derive(Debug)]
 pub struct ZeroCursor {
     map: Arc<ZeroMap>,
-    window: Vec<u8>,
-    /// Byte of the file at which the window starts.
-    window_start: u64,
+    window: Window,
     /// Count of offsets at or before the place that was asked for last.
     passed: u64,
+    /// The run at that place; empty where nobody asked yet.
+    span: Range<u64>,
 }
 
 impl ZeroCursor {
     /// Whether the byte at `offset` is known to read as zero, and for how many bytes (at most `len`) that holds on.
     pub fn run(&mut self, offset: u64, len: u64) -> Result<(bool, u64)> {
-        let end = (offset + len).min(self.map.size);
-        let here = self.passed > 0 && self.entry(self.passed - 1)? > offset;
-        let far = self.entry(self.passed)? <= offset && self.entry(self.passed + 1)? <= offset;
-        if here || far {
-            self.passed = self.search(offset)?;
-        } else if self.entry(self.passed)? <= offset {
-            self.passed += 1;
+        if !self.span.contains(&offset) {
+            let end = self.span.end;
+            let next = if (1..=offset).contains(&end) { self.entry(self.passed + 1)? } else { 0 };
+            if offset < next {
+                self.passed += 1;
+                self.span = end..next;
+            } else {
+                self.passed = self.search(offset)?;
+                let start = if self.passed > 0 { self.entry(self.passed - 1)? } else { 0 };
+                self.span = start..self.entry(self.passed)?;
+            }
         }
-        let run_end = self.entry(self.passed)?.min(end);
-        Ok((self.passed % 2 == 1, run_end.saturating_sub(offset)))
+        let end = offset.saturating_add(len).min(self.map.size).min(self.span.end);
+        Ok((self.passed % 2 == 1, end.saturating_sub(offset)))
     }
 
     /// Count of offsets at or before `offset`.
     fn search(&mut self, offset: u64) -> Result<u64> {
         let (mut low, mut high) = (0, self.map.entries);
+        let (first, count) = (self.window.start / ENTRY_BYTES, self.window.bytes.len() as u64 / ENTRY_BYTES);
+        if count > 0 && self.entry(first)? <= offset && self.entry(first + count - 1)? > offset {
+            (low, high) = (first, first + count);
+        }
         while low < high {
             let middle = low + (high - low) / 2;
             if self.entry(middle)? <= offset { low = middle + 1 } else { high = middle }
@@ -180,20 +200,37 @@ impl ZeroCursor {
 
     /// One offset; past the last one, the end of all disks.
     fn entry(&mut self, index: u64) -> Result<u64> {
-        let Some(file) = self.map.file.clone().filter(|_| index < self.map.entries) else { return Ok(u64::MAX) };
-        let at = index * ENTRY_BYTES;
-        if !(self.window_start..self.window_start + self.window.len() as u64).contains(&at) {
-            let start = at - at % WINDOW_BYTES;
-            let len = WINDOW_BYTES.min(self.map.entries * ENTRY_BYTES - start) as usize;
-            self.window = self.map.io.run("read the zero map", move |_| {
-                let mut window = vec![0; len];
-                file.read_at(&mut window, start)?;
-                Ok(window)
-            })?;
-            self.window_start = start;
+        if index >= self.map.entries {
+            return Ok(u64::MAX);
         }
-        let from = (at - self.window_start) as usize;
-        let bytes = self.window.get(from..from + ENTRY_BYTES as usize).and_then(|bytes| bytes.try_into().ok());
-        Ok(bytes.map_or(u64::MAX, u64::from_le_bytes))
+        let at = index * ENTRY_BYTES;
+        if self.window.at(at).is_none() {
+            self.window = self.map.read(at - at % WINDOW_BYTES)?;
+        }
+        Ok(self.window.at(at).unwrap_or(u64::MAX))
+    }
+}
+
+impl ZeroMap {
+    fn read(&self, start: u64) -> Result<Window> {
+        let Some(file) = self.file.clone() else { return Ok(self.latest.lock().clone()) };
+        let len = WINDOW_BYTES.min((self.entries * ENTRY_BYTES).saturating_sub(start)) as usize;
+        let bytes = self.io.run("read the zero map", move |_| {
+            let mut bytes = vec![0; len];
+            file.read_at(&mut bytes, start)?;
+            Ok(bytes)
+        })?;
+        let window = Window { bytes: bytes.into(), start };
+        *self.latest.lock() = window.clone();
+        Ok(window)
+    }
+}
+
+impl Window {
+    /// The offset that stands at that byte of the file.
+    fn at(&self, at: u64) -> Option<u64> {
+        let from = usize::try_from(at.checked_sub(self.start)?).ok()?;
+        let bytes = self.bytes.get(from..from.checked_add(ENTRY_BYTES as usize)?)?;
+        bytes.try_into().ok().map(u64::from_le_bytes)
     }
 }

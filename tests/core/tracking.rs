@@ -1,6 +1,7 @@
 //! Checkpoints, reference points and consumers.
 
 use crate::rig::*;
+use fleecefs::backup::{Extent, ExtentSource};
 use fleecefs::error::errno;
 use fleecefs::fleece::{Fleece, Since};
 use fleecefs::storage::Dir;
@@ -356,4 +357,28 @@ fn a_disk_whose_flush_failed_is_never_marked_clean() {
     drop(fleece);
     let fleece = host.mount();
     assert_ne!(fleece.disk_infos()[0].tracking, "exact");
+}
+
+#[test]
+fn a_map_is_walked_from_any_of_its_extents_however_many_zero_runs_there_are() {
+    const BLOCK: u64 = 4096;
+    // More offsets than one window of the zero map holds: 8192 of 8 bytes.
+    const RUNS: u64 = 9000;
+    let host = Host::new(&["a"], RUNS * 2 * BLOCK);
+    let fleece = host.mount();
+    freeze(&fleece, "old");
+    let disk = fleece.disk("a").unwrap();
+    (0..RUNS).for_each(|run| assert_eq!(disk.write(&[1; BLOCK as usize], run * 2 * BLOCK).unwrap(), BLOCK as usize));
+    freeze(&fleece, "new");
+    let view = view_of(&fleece, "new", "a");
+    let map = view.map(view.since().first().map(|point| point.uuid)).unwrap();
+    let all: Vec<Extent> = map.extents_from(0).unwrap().map(|extent| extent.unwrap()).collect();
+    let zero: Vec<bool> = all.iter().map(|extent| extent.zero).collect();
+    assert_eq!((all.len() as u64, zero.iter().filter(|zero| **zero).count() as u64), (2 * RUNS, RUNS));
+    assert!(all.iter().all(|extent| extent.length == BLOCK && extent.dirty));
+    for index in (0..all.len()).map(|step| step * 7919 % all.len()).take(500).chain(8000..8400) {
+        let some: Vec<Extent> =
+            map.extents_from(all[index].start).unwrap().take(4).map(|extent| extent.unwrap()).collect();
+        assert_eq!(some, all[index..all.len().min(index + 4)], "from extent {index}");
+    }
 }

@@ -43,6 +43,28 @@ fn a_view_reads_frozen_bytes_while_the_guest_writes() {
     });
 }
 
+/// I3, where one read of the image goes over copied chunks.
+#[test]
+fn a_view_reads_frozen_bytes_around_copied_chunks_while_the_guest_writes() {
+    explore(2, || {
+        let rig = Rig::filled(4);
+        rig.freeze("s");
+        rig.fill(1, 1, 2);
+        let writer = thread::spawn({
+            let rig = rig.clone();
+            move || {
+                rig.fill(3, 1, 2);
+                rig.fill(0, 1, 3);
+            }
+        });
+        let view = rig.view("s");
+        assert_eq!(pages(&content(&view)), [1, 1, 1, 1]);
+        assert_eq!(pages(&content(&view)), [1, 1, 1, 1]);
+        writer.join().unwrap();
+        assert_eq!(pages(&live(&rig.disk("a"))), [3, 2, 1, 2]);
+    });
+}
+
 /// I4: a snapshot taken in mid-read puts the copies where the walk that began before does not look.
 #[test]
 fn a_view_reads_frozen_bytes_while_a_newer_snapshot_takes_the_copies() {

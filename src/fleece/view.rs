@@ -23,6 +23,9 @@ use uuid::Uuid;
 /// Most bytes that one question for the block status looks at: it bounds the walk over the states.
 const MAX_STATUS_BYTES: u64 = 256 << 20;
 
+/// Runs of copied chunks up to so long are read over in the image: what lies around them is one read then.
+const MAX_BRIDGE_BYTES: u64 = 64 << 10;
+
 /// A checkpoint by name and identity.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Point {
@@ -43,6 +46,23 @@ pub struct View {
     full_reason: Option<String>,
     time_ns: i64,
     zeros: super::zeros::Zeros,
+}
+
+/// What a read takes from stores.
+#[derive(Default)]
+struct Copies {
+    pieces: Vec<Piece>,
+    /// The first chunk that is lost instead.
+    lost: Option<u64>,
+}
+
+impl Copies {
+    /// `bytes` of `chunks` from the store of `layer`; `base` is the offset of the whole read.
+    fn add(&mut self, layer: Arc<Layer>, chunks: Range<u64>, bytes: Range<u64>, base: u64) {
+        self.lost = self.lost.or_else(|| layer.first_lost(&chunks));
+        let at = (bytes.start - base) as usize;
+        self.pieces.push(Piece { layer, offset: bytes.start, at, len: (bytes.end - bytes.start) as usize });
+    }
 }
 
 impl View {
@@ -166,28 +186,74 @@ impl View {
     fn read_unchecked(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let end = offset + buf.len() as u64;
         let chunks = self.layer.chunks_of(offset, buf.len() as u64);
-        let mut pieces = Vec::new();
-        let mut lost = None;
+        let mut copies = Copies::default();
         let mut at = chunks.start;
         while at < chunks.end {
             // Anew each time: what made an answer void may stand in a layer that an older chain does not have.
             let chain = self.disk.chain.load();
             let (source, run_end) = chain.source(self.layer.seq, at..chunks.end);
+            if let Source::Layer(layer) = source {
+                copies.add(layer, at..run_end, self.cut(at..run_end, offset..end), offset);
+                at = run_end;
+                continue;
+            }
+            let into = |bytes: &Range<u64>| (bytes.start - offset) as usize..(bytes.end - offset) as usize;
+            let far = self.bridge(&chain, run_end..chunks.end);
+            let bytes = self.cut(at..far, offset..end);
+            if far > run_end && self.read_across(&mut buf[into(&bytes)], at..far, bytes, offset, &mut copies) {
+                at = far;
+                continue;
+            }
             let bytes = self.cut(at..run_end, offset..end);
-            let into = (bytes.start - offset) as usize..(bytes.end - offset) as usize;
-            at = match source {
-                Source::Layer(layer) => {
-                    lost = lost.or_else(|| layer.first_lost(&(at..run_end)));
-                    pieces.push(Piece { layer, offset: bytes.start, at: into.start, len: into.len() });
-                    run_end
-                }
-                Source::Image => self.read_image(&mut buf[into], bytes.start, at..run_end)?,
-            };
+            at = self.read_image(&mut buf[into(&bytes)], bytes.start, at..run_end)?;
         }
-        if let Some(chunk) = lost {
+        if let Some(chunk) = copies.lost {
             return Err(self.lost(chunk));
         }
-        read_pieces(pieces, buf)
+        read_pieces(copies.pieces, buf)
+    }
+
+    /// How far one read of the image that ends at `chunks.start` may go on: over copied chunks, few enough at a time, to
+    /// the end of the last run behind them that the image has.
+    fn bridge(&self, chain: &Chain, chunks: Range<u64>) -> u64 {
+        let (mut far, mut at) = (chunks.start, chunks.start);
+        while at < chunks.end {
+            let (source, run_end) = chain.source(self.layer.seq, at..chunks.end);
+            match source {
+                Source::Image => far = run_end,
+                Source::Layer(_) if (run_end - far) * self.layer.chunk > MAX_BRIDGE_BYTES => break,
+                Source::Layer(_) => {}
+            }
+            at = run_end;
+        }
+        far
+    }
+
+    /// Asks the image for chunks of which some are copied, in one read, then looks again (I3): what is set by then, copied
+    /// before or meanwhile, is added to `copies`, which go over it. False: nothing stands, an error may belong to chunks
+    /// that were overwritten. `base` is the offset of the whole read.
+    fn read_across(
+        &self,
+        buf: &mut [u8],
+        chunks: Range<u64>,
+        bytes: Range<u64>,
+        base: u64,
+        copies: &mut Copies,
+    ) -> bool {
+        if self.disk.image().read_at(buf, bytes.start).is_err() {
+            return false;
+        }
+        full_fence();
+        let chain = self.disk.chain.load();
+        let mut at = chunks.start;
+        while at < chunks.end {
+            let (source, run_end) = chain.source(self.layer.seq, at..chunks.end);
+            if let Source::Layer(layer) = source {
+                copies.add(layer, at..run_end, self.cut(at..run_end, bytes.clone()), base);
+            }
+            at = run_end;
+        }
+        true
     }
 
     /// Asks the image, then looks again (I3). Returns the chunk from which the answer is void and must be asked for

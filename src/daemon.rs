@@ -363,6 +363,7 @@ fn status(fleece: &Fleece, qmp: &Path) -> Value {
         "snapshots": fleece.snapshot_infos(),
         "checkpoints": fleece.checkpoints(),
         "consumers": fleece.consumers(),
+        "guest_share": fleece.options().guest_share,
         "counters": counters,
         "problems": fleece.problems(),
     })

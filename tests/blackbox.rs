@@ -39,6 +39,8 @@ mod loops;
 mod maps;
 #[path = "blackbox/mounting.rs"]
 mod mounting;
+#[path = "blackbox/pace.rs"]
+mod pace;
 #[path = "blackbox/paths.rs"]
 mod paths;
 #[path = "blackbox/power_loss.rs"]

@@ -11,6 +11,8 @@ mod disks;
 mod layers;
 #[path = "core/limits.rs"]
 mod limits;
+#[path = "core/pace.rs"]
+mod pace;
 #[path = "core/release.rs"]
 mod release;
 #[path = "core/tracking.rs"]

@@ -4,7 +4,9 @@ use super::Exit;
 use super::spec::{block_devices_by_name, format_by_name, l2_cache_size, parse_disk_option, parse_image};
 use crate::daemon::{self, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
-use crate::fleece::{BlockDevicePolicy, Options, StoreErrorPolicy, TrackingErrorPolicy};
+use crate::fleece::{
+    BlockDevicePolicy, DEFAULT_GUEST_SHARE, MAX_GUEST_SHARE, Options, StoreErrorPolicy, TrackingErrorPolicy,
+};
 use crate::image::{Cache, Format};
 use crate::storage::process;
 use crate::units::{CHUNK_RANGE, DEFAULT_CHUNK, parse_size};
@@ -64,6 +66,10 @@ pub struct MountArgs {
     /// How the host's page cache is used for the images
     #[arg(long, value_name = "MODE", value_enum, default_value_t = CacheMode::Writeback)]
     cache: CacheMode,
+    /// Percent of its speed that the guest keeps at least while views are read: readers wait where they take more. 0: they
+    /// never wait
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(..=i64::from(MAX_GUEST_SHARE)), default_value_t = DEFAULT_GUEST_SHARE)]
+    guest_share: u8,
     /// Most memory for the mapping tables of a qcow2 image [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| l2_cache_size(text).map_err(|e| e.to_string()))]
     l2_cache_size: Option<u64>,
@@ -232,6 +238,7 @@ impl MountArgs {
                 CacheMode::Writeback => Cache::Writeback,
                 CacheMode::None => Cache::None,
             },
+            guest_share: self.guest_share,
         }
     }
 }

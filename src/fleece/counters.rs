@@ -32,6 +32,8 @@ macro_rules! counters {
         /// The counters of one mount.
         #[derive(Debug, Default)]
         pub struct Counters {
+            /// Requests of guests, begun and done.
+            guest: GuestLoad,
             $(#[doc = $help] pub(super) $name: Count,)*
         }
 
@@ -57,6 +59,8 @@ counters! {
     chunks_lost: "Chunks whose old content could not be read",
     view_reads: "Reads of frozen views",
     view_read_bytes: "Bytes read from frozen views",
+    view_reads_paced: "Reads of frozen views made by turns beside an active guest",
+    view_pause_ns: "Nanoseconds that reads of frozen views waited for guests",
     view_retries: "Reads of frozen views that a guest write overtook",
     views_broken: "Times that the views of a disk broke",
     tracking_lost: "Times that changes of a disk stopped being known",
@@ -70,19 +74,32 @@ counters! {
 }
 
 impl Counters {
-    pub(super) fn guest_read(&self, len: usize) {
+    /// How busy guests keep the disks of the mount.
+    pub(super) fn load(&self) -> Load {
+        Load::of(self.guest.0.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn guest_read(&self, len: usize) -> Request<'_> {
         self.guest_reads.add(1);
         self.guest_read_bytes.add(len as u64);
+        self.guest.begin()
     }
 
-    pub(super) fn guest_write(&self, len: usize) {
+    pub(super) fn guest_write(&self, len: usize) -> Request<'_> {
         self.guest_writes.add(1);
         self.guest_write_bytes.add(len as u64);
+        self.guest.begin()
     }
 
-    pub(super) fn guest_zero(&self, len: u64) {
+    pub(super) fn guest_zero(&self, len: u64) -> Request<'_> {
         self.guest_zeroes.add(1);
         self.guest_zero_bytes.add(len);
+        self.guest.begin()
+    }
+
+    pub(super) fn guest_flush(&self) -> Request<'_> {
+        self.guest_flushes.add(1);
+        self.guest.begin()
     }
 
     pub(super) fn view_read(&self, len: usize) {
@@ -93,5 +110,52 @@ impl Counters {
     pub(super) fn copied(&self, chunks: u64, bytes: u64) {
         self.chunks_copied.add(chunks);
         self.copied_bytes.add(bytes);
+    }
+}
+
+/// Requests of guests in one word: the count of those done above, which wraps around, and those in flight below. On a
+/// cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct GuestLoad(AtomicU64);
+
+/// One request done, in [`GuestLoad`].
+const DONE_ONE: u64 = 1 << 32;
+
+impl GuestLoad {
+    fn begin(&self) -> Request<'_> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Request(self)
+    }
+}
+
+/// A request of a guest, from its beginning until this is dropped.
+#[derive(Debug)]
+#[must_use = "the request ends when this is dropped"]
+pub(super) struct Request<'a>(&'a GuestLoad);
+
+impl Drop for Request<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(DONE_ONE - 1, Ordering::Relaxed);
+    }
+}
+
+/// How busy guests are at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Load {
+    /// Requests done since the mount, modulo 2^32.
+    pub done: u32,
+    /// Requests begun and not done.
+    pub in_flight: u32,
+}
+
+impl Load {
+    fn of(word: u64) -> Load {
+        Load { done: (word >> 32) as u32, in_flight: word as u32 }
+    }
+
+    /// One number for both: equal where nothing happened in between.
+    pub(super) fn word(self) -> u64 {
+        u64::from(self.done) << 32 | u64::from(self.in_flight)
     }
 }

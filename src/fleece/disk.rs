@@ -22,6 +22,7 @@ use super::events::{Event, Events};
 use super::hold::Holds;
 use super::layer::Layer;
 use super::lost::Losses;
+use super::pace::Pace;
 use super::regions::Regions;
 use super::store::StoreIo;
 use super::stripes::Stripes;
@@ -73,6 +74,7 @@ pub struct Disk {
     pub(super) policy: StoreErrorPolicy,
     pub(super) chunk: u64,
     pub(super) counters: Arc<Counters>,
+    pub(super) pace: Arc<Pace>,
     pub(super) events: Arc<Events>,
     /// Why a flush failed, if one did.
     flush_failed: Mutex<Option<String>>,
@@ -106,6 +108,7 @@ pub(super) struct DiskParts {
     pub state: Arc<dyn Dir>,
     pub store_io: Arc<StoreIo>,
     pub counters: Arc<Counters>,
+    pub pace: Arc<Pace>,
     pub events: Arc<Events>,
     pub origin: String,
     pub lock: Option<crate::storage::lock::FileLock>,
@@ -136,6 +139,7 @@ impl Disk {
             policy: options.on_store_error,
             chunk: options.chunk,
             counters: parts.counters,
+            pace: parts.pace,
             events: parts.events,
             flush_failed: Mutex::new(None),
             misplaced: Mutex::new(None),
@@ -221,7 +225,7 @@ impl Disk {
     pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let len = (self.size().saturating_sub(offset)).min(buf.len() as u64) as usize;
         let Some(buf) = buf.get_mut(..len) else { return Ok(0) };
-        self.counters.guest_read(len);
+        let _request = self.counters.guest_read(len);
         if len > 0 {
             self.image.read_at(buf, offset)?;
         }
@@ -235,7 +239,7 @@ impl Disk {
         if len == 0 && !data.is_empty() {
             return Err(self.past_the_end(offset));
         }
-        self.counters.guest_write(len);
+        let _request = self.counters.guest_write(len);
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(MAX_GATE_BYTES as usize);
@@ -253,7 +257,7 @@ impl Disk {
     /// Makes a range read as zeros and keeps it allocated. ENOSPC where it passes the end.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
-        self.counters.guest_zero(len);
+        let _request = self.counters.guest_zero(len);
         let end = offset + len;
         let mut at = offset;
         while at < end {
@@ -267,7 +271,7 @@ impl Disk {
     /// Gives a range back to the host; it reads as zeros. ENOSPC where it passes the end.
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
-        self.counters.guest_zero(len);
+        let _request = self.counters.guest_zero(len);
         let end = offset + len;
         let mut at = offset;
         while at < end {
@@ -289,7 +293,7 @@ impl Disk {
 
     /// Makes all completed changes durable. After a failure every later flush fails too: what was lost is not known.
     pub fn flush(&self) -> Result<()> {
-        self.counters.guest_flushes.add(1);
+        let _request = self.counters.guest_flush();
         self.flush_image()
     }
 

@@ -4,6 +4,7 @@ use super::counters::{Counter, Counters};
 use super::disk::Disk;
 use super::events::{Event, Events};
 use super::instant::FailedChange;
+use super::pace::Pace;
 use super::place::{Environment, Place, while_busy};
 use super::snapshot::Snapshot;
 use super::store::StoreSpace;
@@ -37,6 +38,7 @@ pub struct Fleece {
     pub(super) lingering: RwLock<Vec<Arc<Snapshot>>>,
     space: Arc<StoreSpace>,
     pub(super) counters: Arc<Counters>,
+    pace: Arc<Pace>,
     pub(super) events: Arc<Events>,
     /// Changes that failed and could not be taken back yet.
     pub(super) unsettled: Mutex<Vec<FailedChange>>,
@@ -94,6 +96,8 @@ impl Fleece {
     pub fn with_environment(options: Options, env: Environment) -> Arc<Fleece> {
         let (thread, wakeups) = channel();
         let background = env.background;
+        let counters = Arc::new(Counters::default());
+        let pace = Pace::new(options.guest_share, counters.clone());
         let fleece = Arc::new(Fleece {
             space: Arc::new(StoreSpace::new(options.store_limit)),
             options,
@@ -102,7 +106,8 @@ impl Fleece {
             disks: RwLock::new(BTreeMap::new()),
             snapshots: RwLock::new(Vec::new()),
             lingering: RwLock::new(Vec::new()),
-            counters: Arc::new(Counters::default()),
+            counters,
+            pace,
             events: Arc::new(Events::default()),
             unsettled: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
@@ -212,6 +217,7 @@ impl Fleece {
             env: &self.env,
             space: &self.space,
             counters: &self.counters,
+            pace: &self.pace,
             events: &self.events,
             recovered: &self.recovered,
             block_devices,

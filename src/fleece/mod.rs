@@ -10,10 +10,13 @@
 //! * **I5** one instant: `instant`
 //! * **I7** errors: `disk` (policy), `store` (space and time), `layer` (broken, lost)
 //!
+//! Readers of views yield to the guest: `pace`, `balance`.
+//!
 //! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `found`, `recover`, `close`,
 //! `transaction`, `checkpoints`; who else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`,
 //! `bitmaps`, `plan`, `work`, `hold`, `users`.
 
+mod balance;
 mod batch;
 mod bitmaps;
 mod chain;
@@ -35,6 +38,7 @@ mod keep;
 mod layer;
 mod lost;
 mod map;
+mod pace;
 mod persistent;
 mod place;
 mod plan;
@@ -98,6 +102,11 @@ pub enum TrackingErrorPolicy {
     FailWrite,
 }
 
+/// Percent of its speed that a guest keeps at least while views are read, where nothing else is asked for.
+pub const DEFAULT_GUEST_SHARE: u8 = 50;
+/// Most that can be asked for: readers get on.
+pub const MAX_GUEST_SHARE: u8 = 95;
+
 /// The options of a mount.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -125,6 +134,8 @@ pub struct Options {
     pub keep_checkpoints: usize,
     /// How the host's page cache is used for images.
     pub cache: Cache,
+    /// Percent of its speed that a guest keeps at least while views are read, 0 to 95. 0: readers never wait.
+    pub guest_share: u8,
 }
 
 impl Default for Options {
@@ -142,6 +153,7 @@ impl Default for Options {
             no_mark: false,
             keep_checkpoints: 1000,
             cache: Cache::default(),
+            guest_share: DEFAULT_GUEST_SHARE,
         }
     }
 }

@@ -28,6 +28,7 @@ use super::events::{Event, Events};
 use super::found::{Found, open_sidecar, regions_of};
 use super::keep;
 use super::layer::{Layer, PARTS, word_name};
+use super::pace::Pace;
 use super::persistent::{Bitmaps, Proof};
 use super::place::{self, Environment, Place};
 use super::regions::Regions;
@@ -56,6 +57,7 @@ pub(super) struct Shared<'a> {
     pub env: &'a Environment,
     pub space: &'a Arc<StoreSpace>,
     pub counters: &'a Arc<Counters>,
+    pub pace: &'a Arc<Pace>,
     pub events: &'a Arc<Events>,
     pub recovered: &'a Mutex<Vec<(String, String)>>,
     /// What is believed of this disk where it is on a block device.
@@ -148,6 +150,7 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
         state: place.state,
         store_io,
         counters: shared.counters.clone(),
+        pace: shared.pace.clone(),
         events: shared.events.clone(),
         origin,
         lock: place.lock,

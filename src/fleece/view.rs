@@ -4,6 +4,8 @@
 //! chunk, ask that layer's store; else ask the image, then (after a full fence) look at the states again, in the chain
 //! as it is by then. Still clear: the answer is frozen truth, be it data, a hole or an error. Set: ask the store.
 //! Whether the view is broken or the range released is looked at last, so that an answer that went out was right.
+//!
+//! Beside an active guest, reads go by turns and wait (`pace`), with nothing in hand that the guest could need.
 
 use super::chain::{Chain, Source};
 use super::disk::Disk;
@@ -177,7 +179,7 @@ impl View {
             return Ok(0);
         }
         self.disk.counters.view_read(len);
-        let answer = self.read_unchecked(buf, offset);
+        let answer = self.disk.pace.by_turns(buf, offset, |piece, at| self.read_unchecked(piece, at));
         self.check_last(offset, len as u64)?;
         answer.map(|()| len)
     }

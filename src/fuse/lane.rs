@@ -1,8 +1,8 @@
-//! Requests that a slow store may hold up.
+//! Requests that a slow store, or the pace of readers beside an active guest, may hold up.
 //!
 //! A request about a frozen view is served where it arrives, in the worker that read it: a hand-over costs more than
 //! the read. But never are more than half of the workers in such requests: the rest goes to a few threads of its own
-//! and is answered from there. So a guest's write always finds a worker, however long a store takes.
+//! and is answered from there. So a guest's write always finds a worker, however long a store takes or a reader waits.
 
 use super::adapter::caught;
 use parking_lot::{Condvar, Mutex};

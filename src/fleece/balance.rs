@@ -24,8 +24,8 @@ use super::counters::Load;
 
 /// Time beside ends so much later than the last piece.
 const SETTLE_NS: u64 = 300_000;
-/// Shortest pause behind the settling. In the first millisecond the medium is not yet as fast as for a guest alone; who
-/// measured no further would find that readers disturb nobody, and pause still less.
+/// Shortest pause behind the settling. With shorter ones the guest got less than its share: its speed alone seems to be
+/// measured too low in them.
 const MIN_PAUSE_NS: f64 = 2_000_000.0;
 /// See the module.
 const PROBE: f64 = 1.0 / 32.0;

@@ -9,6 +9,8 @@ mod harness;
 
 #[path = "blackbox/bitmaps.rs"]
 mod bitmaps;
+#[path = "blackbox/compare.rs"]
+mod compare;
 #[path = "blackbox/consumers.rs"]
 mod consumers;
 #[path = "blackbox/crash.rs"]

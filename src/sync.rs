@@ -5,7 +5,7 @@
 //! 1. control (one snapshot, checkpoint or consumer operation at a time)
 //! 2. a disk's `reaping` (folding and closing), then its `disarming` (a round of disarming, resize, close)
 //! 3. gates of disks, in name order
-//! 4. a disk's stripes, in index order
+//! 4. a layer's stripes, in index order
 //! 5. chain edit, noting a loss (`fleece::lost`); `arming` of a disk's regions, which nobody waits for in a pin of a
 //!    region, and writers do not in a gate or stripe; then the sidecar's writer
 //! 6. everything else (leaf locks, held for a few instructions and never across I/O)
@@ -29,6 +29,11 @@ mod imp {
         /// The value of now, kept alive while the caller holds it.
         pub fn load(&self) -> std::sync::Arc<T> {
             self.0.load_full()
+        }
+
+        /// The value of now for a moment: without a write to memory that threads share.
+        pub fn peek(&self) -> impl std::ops::Deref<Target = std::sync::Arc<T>> + '_ {
+            self.0.load()
         }
 
         /// Puts `value` in its place for every later [`Published::load`].
@@ -65,6 +70,10 @@ mod imp {
         /// Waits for the lock.
         pub fn lock(&self) -> MutexGuard<'_, T> {
             self.0.lock().unwrap()
+        }
+        /// The lock, however long it takes: time stands still.
+        pub fn try_lock_for(&self, _patience: std::time::Duration) -> Option<MutexGuard<'_, T>> {
+            Some(self.lock())
         }
         /// The lock, where nobody holds it.
         pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
@@ -123,6 +132,10 @@ mod imp {
         /// The value of now.
         pub fn load(&self) -> Arc<T> {
             self.0.lock().clone()
+        }
+        /// The value of now for a moment.
+        pub fn peek(&self) -> Box<Arc<T>> {
+            Box::new(self.load())
         }
         /// Puts `value` in its place.
         pub fn store(&self, value: Arc<T>) {

@@ -223,6 +223,8 @@ impl MountArgs {
                 OnStoreError::FailWrite => StoreErrorPolicy::FailWrite,
             },
             store_timeout: self.store_timeout.map_or(defaults.store_timeout, Duration::from_secs),
+            // With the half that readers of views may take, that leaves some where all of these hang.
+            store_calls_here: usize::from(self.threads) * 3 / 8,
             store_limit: self.store_limit,
             state_dir,
             store_dir,

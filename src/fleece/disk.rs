@@ -5,8 +5,9 @@
 //! 1. the regions of the range are pinned, and armed where they are not (see `regions`). This may wait for a sync, so
 //!    nobody does it in a gate;
 //! 2. the gate, shared; one hold covers at most 1 MiB, so that a snapshot never waits for a long discard;
-//! 3. preserve: what the range held goes to the newest layer's store, chunk by chunk, then the chunks' states, then a
-//!    full fence (I2, I4);
+//! 3. whether all that a view needs of the range is preserved (I2, I4). Where it is not, gate and pins are let go, what
+//!    the range held goes to the newest layer's store, chunk by chunk, then the chunks' states (see `preserve`), and it
+//!    begins anew: nobody waits for a store in a gate. Then a full fence;
 //! 4. the dirty bits (I6);
 //! 5. the image.
 //!
@@ -17,26 +18,23 @@
 //! views before the guest's write is issued, or fails the write, by policy; it never hangs the guest.
 
 use super::chain::Chain;
-use super::counters::Counters;
-use super::events::{Event, Events};
+use super::counters::{Counters, Request};
+use super::events::Events;
 use super::hold::Holds;
-use super::layer::Layer;
 use super::lost::Losses;
 use super::pace::Pace;
+use super::preserve::{Answered, Caller, Wait, Waits};
 use super::regions::Regions;
 use super::store::StoreIo;
-use super::stripes::Stripes;
 use super::tracking::{Tracking, recording_checkpoint};
 use super::{Options, StoreErrorPolicy};
 use crate::error::{Error, Result, errno};
 use crate::image::{Format, Image};
-use crate::storage::buffer::AlignedBuf;
 use crate::storage::os::resolved;
 use crate::storage::{BlockStatus, Dir};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Mutex, Published, RwLock, RwLockWriteGuard, full_fence};
+use crate::sync::{Mutex, Published, RwLock, RwLockWriteGuard};
 use crate::units::MAX_GATE_BYTES;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -59,7 +57,6 @@ pub struct Disk {
     pub(super) chain: Published<Chain>,
     /// Held while a new chain is made from the old one and published (lock rank 5).
     pub(super) chain_edit: Mutex<()>,
-    pub(super) stripes: Stripes,
     /// Held while layers are folded and removed, and while the disk is closed (lock rank 2).
     pub(super) reaping: Mutex<()>,
     /// Set while the gate is held exclusively: what was saved must not change any more.
@@ -127,7 +124,6 @@ impl Disk {
             gate: RwLock::new(()),
             chain: Published::new(parts.chain),
             chain_edit: Mutex::new(()),
-            stripes: Stripes::new(),
             reaping: Mutex::new(()),
             closed: AtomicBool::new(false),
             tracking: parts.tracking,
@@ -234,24 +230,48 @@ impl Disk {
 
     /// Writes up to the end of the disk and returns the count; ENOSPC where `offset` is at or past the end.
     pub fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let (len, _request) = self.admit_write(data.len(), offset)?;
+        self.write_pieces(&data[..len], offset, &mut Waits).map(|(count, _)| count)
+    }
+
+    /// The same for who need not answer in this thread: `done` takes the result, here or, where this thread comes to
+    /// hang in a call on a store, in another one. Shorter writes make such calls here, which spares two wake-ups.
+    pub fn write_then(self: &Arc<Self>, data: &[u8], offset: u64, done: impl FnOnce(Result<usize>) + Send + 'static) {
+        let (len, _request) = match self.admit_write(data.len(), offset) {
+            Ok(admitted) => admitted,
+            Err(e) => return done(Err(e)),
+        };
+        let data = &data[..len];
+        let mut answered = Answered { disk: self, data, offset, done: Some(done) };
+        let written = self.write_pieces(data, offset, &mut answered);
+        if let Some(done) = answered.done {
+            done(written.map(|(count, _)| count));
+        }
+    }
+
+    /// How much of a write of `len` bytes lies in the disk; it counts as a guest's request while that is kept.
+    fn admit_write(&self, len: usize, offset: u64) -> Result<(usize, Request<'_>)> {
         self.check_writable()?;
-        let len = (self.size().saturating_sub(offset)).min(data.len() as u64) as usize;
-        if len == 0 && !data.is_empty() {
+        let inside = (self.size().saturating_sub(offset)).min(len as u64) as usize;
+        if inside == 0 && len > 0 {
             return Err(self.past_the_end(offset));
         }
-        let _request = self.counters.guest_write(len);
+        Ok((inside, self.counters.guest_write(inside)))
+    }
+
+    /// Writes `data` piece by piece; an error after the first piece is a short count.
+    pub(super) fn write_pieces(&self, data: &[u8], offset: u64, wait: &mut impl Wait) -> Result<(usize, Caller)> {
         let mut done = 0;
-        while done < len {
-            let piece = (len - done).min(MAX_GATE_BYTES as usize);
+        for piece in data.chunks(MAX_GATE_BYTES as usize) {
             let at = offset + done as u64;
-            let written = self.mutate(at, piece as u64, false, || self.image.write_at(&data[done..done + piece], at));
-            match written {
-                Ok(()) => done += piece,
-                Err(_) if done > 0 => return Ok(done),
+            match self.mutate(at, piece.len() as u64, false, wait, || self.image.write_at(piece, at)) {
+                Ok(Caller::GoesOn) => done += piece.len(),
+                Ok(Caller::IsReplaced) => return Ok((done, Caller::IsReplaced)),
+                Err(_) if done > 0 => break,
                 Err(e) => return Err(e),
             }
         }
-        Ok(len)
+        Ok((done, Caller::GoesOn))
     }
 
     /// Makes a range read as zeros and keeps it allocated. ENOSPC where it passes the end.
@@ -262,7 +282,7 @@ impl Disk {
         let mut at = offset;
         while at < end {
             let piece = gate_piece(at, end);
-            self.mutate(at, piece, true, || self.image.write_zeroes(at, piece, false))?;
+            let _ = self.mutate(at, piece, true, &mut Waits, || self.image.write_zeroes(at, piece, false))?;
             at += piece;
         }
         Ok(())
@@ -284,7 +304,7 @@ impl Disk {
                 self.check_open()?;
                 self.tracking.mark(at, piece);
             } else {
-                self.mutate(at, piece, true, || self.image.write_zeroes(at, piece, true))?;
+                let _ = self.mutate(at, piece, true, &mut Waits, || self.image.write_zeroes(at, piece, true))?;
             }
             at += piece;
         }
@@ -332,119 +352,31 @@ impl Disk {
 
     /// All steps of the module for at most 1 MiB. `zeroes`: the range will read as zeros, so that what reads as
     /// zeros already needs no copy.
-    fn mutate(&self, offset: u64, len: u64, zeroes: bool, change: impl FnOnce() -> Result<()>) -> Result<()> {
-        let (_gate, _pin) = self.enter(offset, len)?;
-        self.check_open()?;
-        if offset + len > self.size() {
-            return Err(self.past_the_end(offset));
-        }
-        self.preserve(offset, len, zeroes)?;
-        self.tracking.mark(offset, len);
-        let changed = change();
-        self.tracking.note_write();
-        changed
-    }
-
-    /// I2: when this returns `Ok`, every chunk of the range that a view still needs has its old content in a store, or
-    /// is lost, or the views that need it are broken. The caller holds the gate.
-    fn preserve(&self, offset: u64, len: u64, zeroes: bool) -> Result<()> {
-        let chain = self.chain.load();
-        let Some(layer) = chain.newest() else { return Ok(()) };
-        let chunks = layer.chunks_of(offset, len);
-        if !(chunks.is_empty() || layer.all_set(chunks.clone()) || layer.is_broken()) {
-            self.preserve_chunks(&chain, layer, chunks, zeroes)?;
-        }
-        // Also for states, `broken` and `released` that others set: the guest's write stays behind them.
-        full_fence();
-        Ok(())
-    }
-
-    fn preserve_chunks(&self, chain: &Chain, layer: &Arc<Layer>, chunks: Range<u64>, zeroes: bool) -> Result<()> {
-        let bytes = layer.bytes_of(&chunks);
-        let _claim = self.stripes.claim(bytes.start, bytes.end - bytes.start);
-        let mut at = chunks.start;
-        while let Some(first) = layer.next_clear(at, chunks.end) {
-            let clear_end = layer.next_set(first, chunks.end).unwrap_or(chunks.end);
-            let (needed, end) = chain.needed_run(first..clear_end);
-            if needed && !self.preserve_run(layer, first..end, zeroes)? {
-                return Ok(());
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
-    /// Copies clear chunks that are claimed. False: the views broke, there is nothing left to preserve for.
-    fn preserve_run(&self, layer: &Arc<Layer>, chunks: Range<u64>, zeroes: bool) -> Result<bool> {
-        let mut at = chunks.start;
-        while at < chunks.end {
-            let bytes = layer.bytes_of(&(at..chunks.end));
-            let end = if zeroes {
-                let status = self.image.block_status(bytes.start, bytes.end - bytes.start);
-                match status {
-                    Ok(status) if status.zero && status.len >= layer.chunk.min(bytes.end - bytes.start) => {
-                        // The old content is zeros and stays zeros: the view may go on reading the image.
-                        at = (layer.chunks_of(bytes.start, status.len).start + (status.len / layer.chunk).max(1))
-                            .min(chunks.end);
-                        continue;
-                    }
-                    Ok(status) if !status.zero => layer.chunks_of(bytes.start, status.len).end.min(chunks.end),
-                    _ => at + 1,
+    fn mutate(
+        &self,
+        offset: u64,
+        len: u64,
+        zeroes: bool,
+        wait: &mut impl Wait,
+        change: impl Fn() -> Result<()>,
+    ) -> Result<Caller> {
+        loop {
+            {
+                let (_gate, _pin) = self.enter(offset, len)?;
+                self.check_open()?;
+                if offset + len > self.size() {
+                    return Err(self.past_the_end(offset));
                 }
-            } else {
-                chunks.end
-            };
-            if !self.copy(layer, at..end)? {
-                return Ok(false);
-            }
-            at = end;
-        }
-        Ok(true)
-    }
-
-    /// One copy: image to store to states. False: the views broke.
-    fn copy(&self, layer: &Arc<Layer>, chunks: Range<u64>) -> Result<bool> {
-        let bytes = layer.bytes_of(&chunks);
-        let len = (bytes.end - bytes.start) as usize;
-        let mut old = AlignedBuf::new(len);
-        if let Err(e) = self.image.read_at(&mut old, bytes.start) {
-            if chunks.end - chunks.start == 1 {
-                log::warn!("disk '{}': {e}; the frozen views have an error there", self.name);
-                self.counters.chunks_lost.add(1);
-                if layer.set_lost(chunks.start) {
-                    return Ok(true);
-                }
-                self.break_views(layer, "too many chunks of the image could not be read");
-                return Ok(false);
-            }
-            for chunk in chunks {
-                if !self.copy(layer, chunk..chunk + 1)? {
-                    return Ok(false);
+                if !self.must_preserve(offset, len, zeroes)? {
+                    self.tracking.mark(offset, len);
+                    let changed = change();
+                    self.tracking.note_write();
+                    return changed.map(|()| Caller::GoesOn);
                 }
             }
-            return Ok(true);
-        }
-        match layer.store.write(old, len, bytes.start, layer.chunk) {
-            Ok(()) => {
-                self.counters.copied(chunks.end - chunks.start, len as u64);
-                layer.set_copied(chunks);
-                Ok(true)
+            if self.preserve(offset, len, zeroes, wait)? == Caller::IsReplaced {
+                return Ok(Caller::IsReplaced);
             }
-            Err(e) if self.policy == StoreErrorPolicy::FailWrite => {
-                Err(e.context(format!("write to disk '{}' refused, its old content cannot be kept", self.name)))
-            }
-            Err(e) => {
-                self.break_views(layer, &e.to_string());
-                Ok(false)
-            }
-        }
-    }
-
-    /// Every view looks through the newest layer: breaking it breaks them all, before the guest's write is issued.
-    pub(super) fn break_views(&self, layer: &Layer, reason: &str) {
-        if layer.break_with(reason) {
-            self.counters.views_broken.add(1);
-            self.events.emit(&Event::ViewBroken { disk: self.name.clone(), reason: reason.to_owned() });
         }
     }
 

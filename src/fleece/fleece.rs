@@ -7,7 +7,7 @@ use super::instant::FailedChange;
 use super::pace::Pace;
 use super::place::{Environment, Place, while_busy};
 use super::snapshot::Snapshot;
-use super::store::StoreSpace;
+use super::store::Stores;
 use super::transaction::{self, Part};
 use super::view::View;
 use super::{BlockDevicePolicy, DiskSpec, Options};
@@ -36,7 +36,7 @@ pub struct Fleece {
     pub(super) snapshots: RwLock<Vec<Arc<Snapshot>>>,
     /// Dropped by the user, still read by open files.
     pub(super) lingering: RwLock<Vec<Arc<Snapshot>>>,
-    space: Arc<StoreSpace>,
+    stores: Arc<Stores>,
     pub(super) counters: Arc<Counters>,
     pace: Arc<Pace>,
     pub(super) events: Arc<Events>,
@@ -99,7 +99,7 @@ impl Fleece {
         let counters = Arc::new(Counters::default());
         let pace = Pace::new(options.guest_share, counters.clone());
         let fleece = Arc::new(Fleece {
-            space: Arc::new(StoreSpace::new(options.store_limit)),
+            stores: Arc::new(Stores::new(&options)),
             options,
             env,
             control: Mutex::new(()),
@@ -215,7 +215,7 @@ impl Fleece {
         super::recover::Shared {
             options: &self.options,
             env: &self.env,
-            space: &self.space,
+            stores: &self.stores,
             counters: &self.counters,
             pace: &self.pace,
             events: &self.events,
@@ -362,7 +362,7 @@ impl Fleece {
     /// The counters, in a fixed order; those whose help says 'now' go up and down.
     pub fn counters(&self) -> Vec<Counter> {
         let mut list = self.counters.list();
-        list.push(Counter { name: "store_bytes", help: "Bytes in all stores now", value: self.space.used() });
+        list.push(Counter { name: "store_bytes", help: "Bytes in all stores now", value: self.stores.used() });
         let armed = self.disks().iter().map(|disk| disk.regions.armed()).sum();
         list.push(Counter { name: "armed_regions", help: "Regions armed now", value: armed });
         list.push(Counter { name: "snapshots", help: "Snapshots now", value: self.snapshots.read().len() as u64 });

@@ -103,7 +103,7 @@ impl Disk {
                 let len = (bytes.end - bytes.start) as usize;
                 let mut data = AlignedBuf::new(len);
                 read_pieces(vec![Piece { layer: hidden.clone(), offset: bytes.start, at: 0, len }], &mut data)?;
-                older.store.write(data, len, bytes.start, older.chunk)?;
+                older.store.write(data, bytes.start, older.chunk)?;
                 older.set_copied(start..end);
             }
             at = end;

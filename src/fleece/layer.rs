@@ -15,6 +15,7 @@
 //! | `layer.UUID.released` | one bit a chunk: released in this layer's view (made at the first release) |
 
 use super::store::Store;
+use super::stripes::Stripes;
 use crate::bitmap::Bits;
 use crate::error::{Error, Result, errno};
 use crate::storage::{Shm, Words};
@@ -53,6 +54,8 @@ pub(super) struct Layer {
     /// Copy unit in bytes, a power of two.
     pub chunk: u64,
     pub store: Store,
+    /// Held by whoever copies chunks for the first time.
+    pub stripes: Stripes,
     copied: Bits,
     head: Words,
     released: OnceLock<Bits>,
@@ -92,6 +95,7 @@ impl Layer {
             size,
             chunk,
             store,
+            stripes: Stripes::new(),
             copied: words.copied,
             head: words.head,
             released,

@@ -42,6 +42,7 @@ mod pace;
 mod persistent;
 mod place;
 mod plan;
+mod preserve;
 mod recover;
 mod regions;
 mod snapshot;
@@ -116,6 +117,9 @@ pub struct Options {
     pub on_store_error: StoreErrorPolicy,
     /// How long a call on the store directory may take before it counts as failed.
     pub store_timeout: Duration,
+    /// How many short guest writes may make a call on a store in their own thread at a time: as many threads may come to
+    /// hang there. The others use threads kept for that.
+    pub store_calls_here: usize,
     /// Most bytes in all stores of the mount; None: a store leaves the larger of 5 % and 1 GiB of its file system free.
     pub store_limit: Option<u64>,
     /// Where disks' state goes instead of beside their images.
@@ -144,6 +148,7 @@ impl Default for Options {
             chunk: DEFAULT_CHUNK,
             on_store_error: StoreErrorPolicy::default(),
             store_timeout: Duration::from_secs(10),
+            store_calls_here: 4,
             store_limit: None,
             state_dir: None,
             store_dir: None,

@@ -32,7 +32,7 @@ use super::pace::Pace;
 use super::persistent::{Bitmaps, Proof};
 use super::place::{self, Environment, Place};
 use super::regions::Regions;
-use super::store::{StoreIo, StoreSpace};
+use super::store::{StoreIo, Stores};
 use super::tracking::{
     CLOCK, CLOCK_WORDS, Recording, Tracking, fine_name, recording_checkpoint, recording_entry, start_clock, with_area,
 };
@@ -55,7 +55,7 @@ use uuid::Uuid;
 pub(super) struct Shared<'a> {
     pub options: &'a Options,
     pub env: &'a Environment,
-    pub space: &'a Arc<StoreSpace>,
+    pub stores: &'a Arc<Stores>,
     pub counters: &'a Arc<Counters>,
     pub pace: &'a Arc<Pace>,
     pub events: &'a Arc<Events>,
@@ -166,7 +166,7 @@ pub(super) fn open(name: &str, image: Arc<dyn Image>, mut place: Place, shared: 
 fn store_io(name: &str, place: &Place, shared: &Shared<'_>) -> Arc<StoreIo> {
     let (events, disk) = (shared.events.clone(), name.to_owned());
     let warn = move |used, limit| events.emit(&Event::StoreNearlyFull { disk: disk.clone(), used, limit });
-    StoreIo::new(place.stores.clone(), shared.space.clone(), shared.options.store_timeout, Box::new(warn))
+    StoreIo::new(place.stores.clone(), shared.stores.clone(), Box::new(warn))
 }
 
 /// Removes what no directory entry names: layers that were dropped now, or whose removal a crash cut off.

@@ -14,7 +14,9 @@
 //! Group commit: those who want regions armed leave their wishes and queue up at `arming`. Who gets there arms all the
 //! wishes that there are with one sync; those behind find theirs done. Look-ahead: where the regions just before are
 //! armed, as behind a sequential writer, as many again are armed with it, up to a bound. Some may lie behind the disk's
-//! end, which does no harm.
+//! end, which does no harm. Bursts: where one arming follows the other, as behind a writer that goes everywhere, each few
+//! of them double the neighbourhood that is armed with a region, up to the same bound: a sync less for the guest to wait
+//! for, at the price of some more that counts as changed after a power loss.
 //!
 //! A pinned write costs a load and one atomic read-modify-write, and another one at its end. The word of a region holds
 //! two flags, the number of pins and the count of all pins there ever were (which wraps): a region whose word is the
@@ -49,7 +51,32 @@ const SEGMENTS: u64 = crate::bitmap::INTENT_REGIONS / SEGMENT;
 const AHEAD_MAX: u64 = 64;
 const AHEAD_MAX_BYTES: u64 = 1 << 30;
 
+/// So many armings of a burst arm neighbourhoods of the same size.
+const BURST_STEP: u32 = 4;
+/// Most bytes of a neighbourhood, unless one region is larger.
+const BURST_MAX_BYTES: u64 = 64 << 20;
+/// A longer pause ends a burst.
+const BURST_PAUSE_NS: i64 = 1_000_000_000;
+
 type Segment = Box<[AtomicU64]>;
+
+/// Armings, each soon after the one before.
+#[derive(Default)]
+struct Burst {
+    count: u32,
+    last_ns: i64,
+}
+
+impl Burst {
+    /// Counts an arming; returns how many regions of `size` bytes, a power of two, are to be armed as one.
+    fn next(&mut self, now_ns: i64, size: u64) -> u64 {
+        let goes_on = (0..BURST_PAUSE_NS).contains(&now_ns.saturating_sub(self.last_ns));
+        self.count = if goes_on { self.count.saturating_add(1) } else { 0 };
+        self.last_ns = now_ns;
+        let most = (BURST_MAX_BYTES / size).clamp(1, AHEAD_MAX);
+        1_u64.checked_shl(self.count / BURST_STEP).map_or(most, |width| width.min(most))
+    }
+}
 
 /// See the module.
 pub(super) struct Regions {
@@ -61,7 +88,7 @@ pub(super) struct Regions {
     /// Regions that somebody waits for.
     wanted: Mutex<BTreeSet<u64>>,
     /// See the module. Lock rank 5: nothing but the sidecar's is taken below it.
-    arming: Mutex<()>,
+    arming: Mutex<Burst>,
 }
 
 impl std::fmt::Debug for Regions {
@@ -103,7 +130,7 @@ impl Regions {
             segments: (0..SEGMENTS).map(|_| OnceLock::new()).collect(),
             given_up: AtomicBool::new(false),
             wanted: Mutex::new(BTreeSet::new()),
-            arming: Mutex::new(()),
+            arming: Mutex::new(Burst::default()),
         };
         armed.for_each(|region| regions.publish(region));
         regions
@@ -198,17 +225,22 @@ impl Regions {
         let range = self.of(bytes, shift);
         let wish: Vec<u64> = range.clone().chain(self.ahead(&range)).filter(|region| !self.is_armed(*region)).collect();
         self.wanted.lock().extend(wish);
-        let _arming = self.arming.lock();
+        let mut burst = self.arming.lock();
         if shift != self.shift.load(Ordering::SeqCst) {
             return Ok(());
         }
         let mut batch = std::mem::take(&mut *self.wanted.lock());
         batch.extend(range);
-        let batch: Vec<u64> = batch.into_iter().filter(|region| !self.is_armed(*region)).collect();
+        batch.retain(|region| !self.is_armed(*region));
         if batch.is_empty() {
             return Ok(());
         }
-        sidecar.arm(&batch, now_ns())?;
+        let now_ns = now_ns();
+        let width = burst.next(now_ns, 1 << shift);
+        let blocks: BTreeSet<u64> = batch.into_iter().map(|region| region / width * width).collect();
+        let batch = blocks.into_iter().flat_map(|first| first..(first + width).min(SEGMENTS * SEGMENT));
+        let batch: Vec<u64> = batch.filter(|region| !self.is_armed(*region)).collect();
+        sidecar.arm(&batch, now_ns)?;
         batch.iter().for_each(|region| self.publish(*region));
         counters.intent_syncs.add(1);
         counters.regions_armed.add(batch.len() as u64);
@@ -353,5 +385,25 @@ impl Disk {
         }
         // What was not recorded is armed, and the directory says the rest.
         if self.note_is_over(false) { self.begin_in_image() } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_arms_more_and_more_up_to_its_bound_and_ends_with_a_pause() {
+        const MIB: u64 = 1 << 20;
+        let mut burst = Burst::default();
+        let start = BURST_PAUSE_NS * 10;
+        let widths: Vec<u64> = (0..40).map(|n| burst.next(start + n * 1000, MIB)).collect();
+        assert_eq!(widths[..4], [1; 4], "a few alone arm nothing more");
+        assert!(widths.windows(2).all(|pair| pair[1] == pair[0] || pair[1] == 2 * pair[0]));
+        assert_eq!(widths.last(), Some(&(BURST_MAX_BYTES / MIB)));
+        assert_eq!(burst.next(start + 40_000, BURST_MAX_BYTES / 2), 2);
+        assert_eq!(burst.next(start + 41_000, BURST_MAX_BYTES * 4), 1, "a region may be larger than the bound");
+        assert_eq!(burst.next(start + 42_000 + BURST_PAUSE_NS, MIB), 1, "after a pause");
+        assert_eq!(burst.next(start, MIB), 1, "a clock that was put back");
     }
 }

@@ -4,14 +4,17 @@
 //! directory of the stores goes through [`StoreIo`], which bounds the time (a hung file system must not hang the
 //! guest) and the space (a store must not fill a file system that others need, I7).
 
+use super::Options;
 use crate::error::{Error, Result, errno};
 use crate::storage::bounded::Bounded;
 use crate::storage::buffer::{AlignedBuf, is_zero};
 use crate::storage::clock::now_coarse_ns;
-use crate::storage::{Dir, SharedStorage};
+use crate::storage::watch::Watch;
+use crate::storage::{Dir, SharedStorage, Storage};
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use crate::units::human_size;
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,18 +32,27 @@ const NEARLY_FULL_PERCENT: u64 = 80;
 /// Most threads that wait on one disk's store directory; past that it counts as hung.
 const MAX_STORE_THREADS: usize = 64;
 
-/// The space that the stores of one mount may take together.
-#[derive(Debug, Default)]
-pub struct StoreSpace {
+/// What the stores of one mount have in common.
+#[derive(Debug)]
+pub struct Stores {
     /// Most bytes in all stores; None: the free-space rule.
     pub limit: Option<u64>,
+    /// How long a call may take.
+    pub timeout: Duration,
+    /// Places for calls in the caller's own thread.
+    pub watch: Watch,
     used: AtomicU64,
 }
 
-impl StoreSpace {
-    /// No limit but the free-space rule, or `limit` bytes.
-    pub fn new(limit: Option<u64>) -> Self {
-        StoreSpace { limit, used: AtomicU64::new(0) }
+impl Stores {
+    /// As the options say.
+    pub fn new(options: &Options) -> Self {
+        Stores {
+            limit: options.store_limit,
+            timeout: options.store_timeout,
+            watch: Watch::new(options.store_calls_here, options.store_timeout),
+            used: AtomicU64::new(0),
+        }
     }
 
     /// Bytes in all stores now.
@@ -53,7 +65,8 @@ impl StoreSpace {
 pub(super) struct StoreIo {
     pub dir: Arc<dyn Dir>,
     pool: Bounded,
-    space: Arc<StoreSpace>,
+    /// Shared by all stores of the mount.
+    pub stores: Arc<Stores>,
     /// What the file system had left above the reserve at the last look, less what was written since.
     headroom: AtomicI64,
     headroom_at_look: AtomicI64,
@@ -66,22 +79,17 @@ pub(super) struct StoreIo {
 
 impl fmt::Debug for StoreIo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StoreIo").field("dir", &self.dir).field("space", &self.space).finish_non_exhaustive()
+        f.debug_struct("StoreIo").field("dir", &self.dir).field("stores", &self.stores).finish_non_exhaustive()
     }
 }
 
 impl StoreIo {
     /// `warn` is told used and allowed bytes once when 80 % are passed.
-    pub(super) fn new(
-        dir: Arc<dyn Dir>,
-        space: Arc<StoreSpace>,
-        timeout: Duration,
-        warn: Box<dyn Fn(u64, u64) + Send + Sync>,
-    ) -> Arc<Self> {
+    pub(super) fn new(dir: Arc<dyn Dir>, stores: Arc<Stores>, warn: Box<dyn Fn(u64, u64) + Send + Sync>) -> Arc<Self> {
         Arc::new(StoreIo {
             dir,
-            pool: Bounded::new("store", timeout, MAX_STORE_THREADS),
-            space,
+            pool: Bounded::new("store", stores.timeout, MAX_STORE_THREADS),
+            stores,
             headroom: AtomicI64::new(0),
             headroom_at_look: AtomicI64::new(0),
             looked_at_ns: AtomicI64::new(0),
@@ -122,7 +130,7 @@ impl StoreIo {
             let bytes = allocated(&*file, 0, size)?;
             Ok((file, bytes))
         })?;
-        self.space.used.fetch_add(bytes, Ordering::Relaxed);
+        self.stores.used.fetch_add(bytes, Ordering::Relaxed);
         Ok(self.store_of(layer, file, bytes))
     }
 
@@ -142,16 +150,16 @@ impl StoreIo {
 
     /// Whether `bytes` more may be written now. Counts them.
     fn admit(&self, bytes: u64) -> Result<()> {
-        match self.space.limit {
+        match self.stores.limit {
             Some(limit) => self.admit_under_limit(bytes, limit),
             None => self.admit_by_free_space(bytes),
         }
     }
 
     fn admit_under_limit(&self, bytes: u64, limit: u64) -> Result<()> {
-        let used = self.space.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let used = self.stores.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if used > limit || (bytes == 0 && used >= limit) {
-            self.space.used.fetch_sub(bytes, Ordering::Relaxed);
+            self.stores.used.fetch_sub(bytes, Ordering::Relaxed);
             return Err(Error::new(
                 errno::ENOSPC,
                 "store",
@@ -190,9 +198,9 @@ impl StoreIo {
                 .at_path(self.path())
                 .hint("free space, or mount with --store-dir on another file system, or with --store-limit SIZE"));
             }
-            self.allow(self.space.used() + headroom as u64);
+            self.allow(self.stores.used() + headroom as u64);
         }
-        self.space.used.fetch_add(bytes, Ordering::Relaxed);
+        self.stores.used.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 
@@ -200,14 +208,16 @@ impl StoreIo {
     fn allow(&self, bytes: u64) {
         self.allowed.store(bytes, Ordering::Relaxed);
         if self.nearly_full() && !self.warned.swap(true, Ordering::Relaxed) {
-            (self.warn)(self.space.used(), bytes);
+            (self.warn)(self.stores.used(), bytes);
         }
     }
 
     /// Gives back what a store no longer takes.
     fn give_back(&self, bytes: u64) {
-        let _ =
-            self.space.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
+        let _ = self
+            .stores
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
         if !self.nearly_full() {
             self.warned.store(false, Ordering::Relaxed);
         }
@@ -215,7 +225,7 @@ impl StoreIo {
 
     /// Whether the stores are past 80 % of what they might take at the last look.
     pub(super) fn nearly_full(&self) -> bool {
-        self.space.used() / NEARLY_FULL_PERCENT > self.allowed.load(Ordering::Relaxed) / 100
+        self.stores.used() / NEARLY_FULL_PERCENT > self.allowed.load(Ordering::Relaxed) / 100
     }
 
     pub(super) fn path(&self) -> PathBuf {
@@ -233,7 +243,7 @@ fn store_name(layer: Uuid) -> String {
 }
 
 /// Bytes of a range that are not holes.
-fn allocated(file: &dyn crate::storage::Storage, offset: u64, len: u64) -> Result<u64> {
+fn allocated(file: &dyn Storage, offset: u64, len: u64) -> Result<u64> {
     let (mut at, end, mut bytes) = (offset, offset + len, 0);
     while at < end {
         let run = file.block_status(at, end - at)?;
@@ -265,32 +275,16 @@ pub(super) struct Piece {
 }
 
 impl Store {
-    /// Writes the first `len` bytes of `buf` at `offset`, chunk by chunk, leaving chunks of zeros as holes.
+    /// Writes `data` at `offset`, chunk by chunk, leaving chunks of zeros as holes.
     /// Complete when it returns `Ok`; when it returns an error nothing may be assumed.
-    pub(super) fn write(&self, buf: AlignedBuf, len: usize, offset: u64, chunk: u64) -> Result<()> {
-        let file = self.file.clone();
-        let bytes = self.bytes.clone();
-        self.io.run("preserve old content", move |io| {
-            let data = buf.get(..len).unwrap_or(&buf);
-            let chunk = chunk as usize;
-            let mut start = 0;
-            while start < data.len() {
-                let zero = |from: usize| is_zero(&data[from..data.len().min(from + chunk)]);
-                let mut end = start;
-                while end < data.len() && !zero(end) {
-                    end += chunk;
-                }
-                let end = end.min(data.len());
-                if end > start {
-                    io.admit((end - start) as u64)?;
-                    file.write_at(&data[start..end], offset + start as u64)
-                        .inspect_err(|_| io.give_back((end - start) as u64))?;
-                    bytes.fetch_add((end - start) as u64, Ordering::Relaxed);
-                }
-                start = if end == start { start + chunk } else { end };
-            }
-            Ok(())
-        })
+    pub(super) fn write(&self, data: AlignedBuf, offset: u64, chunk: u64) -> Result<()> {
+        let (file, bytes) = (self.file.clone(), self.bytes.clone());
+        self.io.run("preserve old content", move |io| write_chunks(io, &*file, &bytes, &data, offset, chunk))
+    }
+
+    /// The same in this thread, however long it takes.
+    pub(super) fn write_here(&self, data: &[u8], offset: u64, chunk: u64) -> Result<()> {
+        write_chunks(&self.io, &*self.file, &self.bytes, data, offset, chunk)
     }
 
     /// Frees the space of a range that nobody reads any more. Failure costs only space.
@@ -331,6 +325,16 @@ impl Store {
         &self.io
     }
 
+    pub(super) fn stores(&self) -> &Stores {
+        &self.io.stores
+    }
+
+    /// What to say where a call in somebody's own thread takes too long.
+    pub(super) fn hangs(&self) -> Error {
+        let why = format!("it gave no answer in {} ms", self.io.stores.timeout.as_millis());
+        Error::new(errno::ETIMEDOUT, "store", why).at_path(self.io.path())
+    }
+
     /// Removes the files now, where nobody reads them any more.
     pub(super) fn remove_now(&self) {
         let layer = self.layer;
@@ -356,24 +360,80 @@ impl Drop for Store {
     }
 }
 
-/// Reads pieces of the stores of one disk in one hand-off and puts them where they belong.
-pub(super) fn read_pieces(pieces: Vec<Piece>, buf: &mut [u8]) -> Result<()> {
-    let Some(first) = pieces.first() else { return Ok(()) };
-    let io = first.layer.store.io.clone();
-    let total: usize = pieces.iter().map(|piece| piece.len).sum();
-    let (data, pieces) = io.run("read the store", move |_| {
-        let mut data = AlignedBuf::uncleared(total);
-        let mut at = 0;
-        for piece in &pieces {
-            piece.layer.store.file.read_at(&mut data[at..at + piece.len], piece.offset)?;
-            at += piece.len;
+fn write_chunks(
+    io: &StoreIo,
+    file: &dyn Storage,
+    bytes: &AtomicU64,
+    data: &[u8],
+    offset: u64,
+    chunk: u64,
+) -> Result<()> {
+    let chunk = chunk as usize;
+    let mut start = 0;
+    while start < data.len() {
+        let zero = |from: usize| is_zero(&data[from..data.len().min(from + chunk)]);
+        let mut end = start;
+        while end < data.len() && !zero(end) {
+            end += chunk;
         }
-        Ok((data, pieces))
-    })?;
-    let mut at = 0;
+        let end = end.min(data.len());
+        if end > start {
+            io.admit((end - start) as u64)?;
+            file.write_at(&data[start..end], offset + start as u64)
+                .inspect_err(|_| io.give_back((end - start) as u64))?;
+            bytes.fetch_add((end - start) as u64, Ordering::Relaxed);
+        }
+        start = if end == start { start + chunk } else { end };
+    }
+    Ok(())
+}
+
+/// A gap that is rather read than left out between two pieces of one store: a call costs as much.
+const GAP_MAX_BYTES: u64 = 16 << 10;
+
+/// One read of a store: for one piece, or several with small gaps between.
+struct Span {
+    layer: Arc<super::layer::Layer>,
+    bytes: Range<u64>,
+    /// Where it begins in the memory that all of them are read to.
+    at: usize,
+}
+
+/// Reads pieces of the stores of one disk, in the order of their offsets, in one hand-off and puts them where they
+/// belong.
+pub(super) fn read_pieces(pieces: Vec<Piece>, buf: &mut [u8]) -> Result<()> {
+    let mut spans: Vec<Span> = Vec::new();
+    let mut total = 0;
     for piece in &pieces {
-        buf[piece.at..piece.at + piece.len].copy_from_slice(&data[at..at + piece.len]);
-        at += piece.len;
+        let end = piece.offset + piece.len as u64;
+        match spans.last_mut() {
+            Some(last) if Arc::ptr_eq(&last.layer, &piece.layer) && piece.offset - last.bytes.end <= GAP_MAX_BYTES => {
+                total += (end - last.bytes.end) as usize;
+                last.bytes.end = end;
+            }
+            _ => {
+                spans.push(Span { layer: piece.layer.clone(), bytes: piece.offset..end, at: total });
+                total += piece.len;
+            }
+        }
+    }
+    let Some(first) = spans.first() else { return Ok(()) };
+    let io = first.layer.store.io.clone();
+    let (data, spans) = io.run("read the store", move |_| {
+        let mut data = AlignedBuf::uncleared(total);
+        for span in &spans {
+            let into = span.at..span.at + (span.bytes.end - span.bytes.start) as usize;
+            span.layer.store.file.read_at(&mut data[into], span.bytes.start)?;
+        }
+        Ok((data, spans))
+    })?;
+    let mut span = spans.iter().peekable();
+    for piece in &pieces {
+        while span.next_if(|span| span.bytes.end <= piece.offset || !Arc::ptr_eq(&span.layer, &piece.layer)).is_some() {
+        }
+        let Some(span) = span.peek() else { break };
+        let from = span.at + (piece.offset - span.bytes.start) as usize;
+        buf[piece.at..piece.at + piece.len].copy_from_slice(&data[from..from + piece.len]);
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ use crate::units::{MAX_GATE_BYTES, round_down, round_up};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 use uuid::Uuid;
 
 /// Most bytes that one question for the block status looks at: it bounds the walk over the states.
@@ -393,13 +394,19 @@ impl View {
         Ok(())
     }
 
-    /// The mark is set under the stripes, so that a first writer either sees it and spares its copy, or has set the
-    /// state, and the copy is punched here. Punched later than the mark: nobody reads what no view needs.
+    /// The mark is set under the stripes of the newest layer, so that a first writer either sees it and spares its copy,
+    /// or has set the state, and the copy is punched here. Punched later than the mark: nobody reads what no view needs.
     fn release_piece(&self, offset: u64, len: u64) -> Result<()> {
         let chunks = self.layer.chunks_of(offset, len);
-        {
-            let _claim = self.disk.stripes.claim(offset, len);
+        loop {
+            let Some(newest) = self.disk.chain.load().newest().cloned() else { return Ok(()) };
+            let patience = Instant::now() + newest.store.stores().timeout;
+            let claim = newest.stripes.claim(offset, len, || Instant::now() < patience);
+            let Some(_claim) = claim else { return Err(newest.store.hangs()) };
             self.layer.set_released(&*self.disk.tracking.shm, chunks.clone())?;
+            if self.disk.chain.peek().newest().is_some_and(|now| Arc::ptr_eq(now, &newest)) {
+                break;
+            }
         }
         let chain = self.disk.chain.load();
         for layer in chain.seen_from(self.layer.seq) {

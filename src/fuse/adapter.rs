@@ -390,13 +390,16 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        caught("write", || {
-            let inode = self.tree.inode(ino.0);
-            let sync = flags.0 & flags::O_DSYNC != 0;
-            let count =
-                inode.as_ref().map_err(Error::clone).and_then(|inode| self.tree.write(inode, offset, data, sync));
-            // A request carries at most MAX_TRANSFER bytes.
-            answer("write", inode.ok().as_deref(), reply, count, |reply, count| reply.written(count as u32));
+        caught("write", || match self.tree.inode(ino.0) {
+            Ok(inode) => {
+                let sync = flags.0 & flags::O_DSYNC != 0;
+                let asked = inode.clone();
+                self.tree.write_then(&inode, offset, data, sync, move |count| {
+                    // A request carries at most MAX_TRANSFER bytes.
+                    answer("write", Some(&asked), reply, count, |reply, count| reply.written(count as u32));
+                });
+            }
+            Err(e) => reply.refuse(failed("write", None, &e)),
         });
     }
 

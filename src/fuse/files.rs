@@ -185,14 +185,25 @@ impl Tree {
         }
     }
 
-    /// Writes to a live file, up to the end of the disk; durable on return where `sync` asks for it.
-    pub fn write(&self, inode: &Inode, offset: u64, data: &[u8], sync: bool) -> Result<usize> {
-        let disk = self.live(inode)?;
-        let count = disk.write(data, offset)?;
-        if sync {
-            disk.flush()?;
+    /// Writes to a live file, up to the end of the disk, and tells `done`, from whatever thread; durable by then where
+    /// `sync` asks for it.
+    pub fn write_then(
+        &self,
+        inode: &Inode,
+        offset: u64,
+        data: &[u8],
+        sync: bool,
+        done: impl FnOnce(Result<usize>) + Send + 'static,
+    ) {
+        let disk = match self.live(inode) {
+            Ok(disk) => disk,
+            Err(e) => return done(Err(e)),
+        };
+        if !sync {
+            return disk.write_then(data, offset, done);
         }
-        Ok(count)
+        let synced = disk.clone();
+        disk.write_then(data, offset, move |count| done(count.and_then(|count| synced.flush().map(|()| count))));
     }
 
     /// Makes what was written to a live file durable; there is nothing to do elsewhere.

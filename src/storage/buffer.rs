@@ -1,8 +1,8 @@
 //! Page-aligned buffers (O_DIRECT asks for them), scratch buffers that are used again, and the search for zeros.
 //!
-//! Large buffers go from hand to hand between all threads, so that there are as many as are in use at once, not one for
-//! each thread that ever needed one; and the C library's allocator, which keeps what it got for each thread apart, has
-//! nothing to do with them. Small ones stay with their thread: no lock for a block of 4 KiB.
+//! Buffers go from hand to hand between all threads, so that there are as many as are in use at once, not one for each
+//! thread that ever needed one; and the C library's allocator, which keeps what it got for each thread apart, has nothing
+//! to do with them. Small scratch buffers stay with their thread: no lock for a block of 4 KiB.
 
 use parking_lot::Mutex;
 use std::cell::Cell;
@@ -13,13 +13,24 @@ pub const PAGE_BYTES: usize = 4096;
 
 /// Largest buffer that is kept: a full transfer of 1 MiB with a page of padding at both ends.
 const LARGE_BYTES: usize = (1 << 20) + 2 * PAGE_BYTES;
-/// Largest scratch buffer that a thread keeps for itself.
+/// Largest of the small ones, and size of the scratch buffer that a thread keeps for itself.
 const SMALL_BYTES: usize = 64 << 10;
-/// Most large buffers that are kept while nobody uses them.
-const LARGE_MAX: usize = 16;
+/// Most buffers of either kind that are kept while nobody uses them.
+const KEPT_MAX: usize = 16;
 
-/// Large buffers that are free, the one used last at the end. Their content is arbitrary.
-static LARGE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+/// Buffers of one size that are free, the one used last at the end. Their content is arbitrary.
+struct Free {
+    bytes: usize,
+    free: Mutex<Vec<Vec<u8>>>,
+}
+
+static SMALL: Free = Free { bytes: SMALL_BYTES, free: Mutex::new(Vec::new()) };
+static LARGE: Free = Free { bytes: LARGE_BYTES, free: Mutex::new(Vec::new()) };
+
+/// Those that are large enough for `len` bytes.
+fn free_for(len: usize) -> Option<&'static Free> {
+    [&SMALL, &LARGE].into_iter().find(|free| len <= free.bytes)
+}
 
 /// A buffer of fixed length whose address is a multiple of [`PAGE_BYTES`].
 #[derive(Debug)]
@@ -46,10 +57,10 @@ impl AlignedBuf {
 
     /// A buffer, and whether it was used before; else it is zeros.
     fn any(len: usize) -> (Self, bool) {
-        let large = len > SMALL_BYTES && len <= LARGE_BYTES;
-        let kept = if large { LARGE.lock().pop() } else { None };
+        let free = free_for(len);
+        let kept = free.and_then(|free| free.free.lock().pop());
         let used = kept.is_some();
-        let room = if large { LARGE_BYTES } else { len };
+        let room = free.map_or(len, |free| free.bytes);
         let raw = kept.unwrap_or_else(|| vec![0; room + PAGE_BYTES - 1]);
         let start = raw.as_ptr().addr().wrapping_neg() % PAGE_BYTES;
         (AlignedBuf { raw, start, len }, used)
@@ -58,11 +69,10 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if self.raw.len() == LARGE_BYTES + PAGE_BYTES - 1 {
-            let mut kept = LARGE.lock();
-            if kept.len() < LARGE_MAX {
-                kept.push(std::mem::take(&mut self.raw));
-            }
+        let Some(free) = free_for(self.len) else { return };
+        let mut kept = free.free.lock();
+        if kept.len() < KEPT_MAX {
+            kept.push(std::mem::take(&mut self.raw));
         }
     }
 }
@@ -137,14 +147,16 @@ mod tests {
     }
 
     #[test]
-    fn large_buffers_are_kept_up_to_a_number_and_come_back_cleared() {
-        let mut all: Vec<_> = (0..2 * LARGE_MAX).map(|_| AlignedBuf::uncleared(LARGE_BYTES)).collect();
-        all.iter_mut().for_each(|buf| buf.fill(0xee));
-        // The other tests' threads use them, too.
-        drop(all);
-        assert!(LARGE.lock().len() <= LARGE_MAX);
-        let cleared: Vec<_> = (0..LARGE_MAX).map(|_| AlignedBuf::new(SMALL_BYTES + 1)).collect();
-        assert!(cleared.iter().all(|buf| is_zero(buf)));
+    fn buffers_are_kept_up_to_a_number_and_come_back_cleared() {
+        for len in [1, SMALL_BYTES, SMALL_BYTES + 1, LARGE_BYTES] {
+            let mut all: Vec<_> = (0..2 * KEPT_MAX).map(|_| AlignedBuf::uncleared(len)).collect();
+            all.iter_mut().for_each(|buf| buf.fill(0xee));
+            // The other tests' threads use them, too.
+            drop(all);
+            assert!([&SMALL, &LARGE].iter().all(|free| free.free.lock().len() <= KEPT_MAX));
+            let cleared: Vec<_> = (0..KEPT_MAX).map(|_| AlignedBuf::new(len)).collect();
+            assert!(cleared.iter().all(|buf| is_zero(buf)));
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod names;
 pub mod os;
 pub mod process;
 pub mod shm;
+pub mod watch;
 pub mod writeback;
 
 pub use dir::{Dir, MemDir, OsDir};

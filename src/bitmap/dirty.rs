@@ -71,6 +71,11 @@ impl DirtyBitmap {
         full_fence();
     }
 
+    /// Whether every granule that a range touches is marked; what was done before the marks is seen then.
+    pub fn is_marked(&self, offset: u64, len: u64) -> bool {
+        len == 0 || self.bits.all_set(self.granules(offset, offset.saturating_add(len)))
+    }
+
     /// As [`DirtyBitmap::mark`] without the full fence, which the caller passes before what it does afterwards: one for
     /// all the bitmaps that it marks.
     pub fn mark_unfenced(&self, offset: u64, len: u64) {

@@ -51,6 +51,39 @@ pub(super) struct Recording {
     pub area: Option<Area>,
 }
 
+/// The bitmaps that record, and what all of them have.
+#[derive(Debug)]
+struct Recordings {
+    list: Arc<Vec<Recording>>,
+    /// Marked in the whole list, granule by granule of the finest one: a write there has nothing to mark, however many
+    /// bitmaps record. None where there are not several. **Never ahead**: marked after each of the list. It is of this
+    /// list alone; a bitmap is cleared by another list with a new one in its place.
+    everywhere: Option<DirtyBitmap>,
+}
+
+impl Recordings {
+    fn new(list: Vec<Recording>) -> Self {
+        let finest = list.iter().map(|recording| recording.bitmap.granularity()).min();
+        let size = list.iter().map(|recording| recording.bitmap.size()).max();
+        let everywhere = match (finest, size) {
+            (Some(granularity), Some(size)) if list.len() > 1 => DirtyBitmap::heap(granularity, size).ok(),
+            _ => None,
+        };
+        Recordings { list: Arc::new(list), everywhere }
+    }
+
+    /// Marks a range in all of them; the caller passes a full fence before the write.
+    fn mark_unfenced(&self, offset: u64, len: u64) {
+        if self.everywhere.as_ref().is_some_and(|everywhere| everywhere.is_marked(offset, len)) {
+            return;
+        }
+        self.list.iter().for_each(|recording| recording.bitmap.mark_unfenced(offset, len));
+        if let Some(everywhere) = &self.everywhere {
+            everywhere.mark_unfenced(offset, len);
+        }
+    }
+}
+
 /// Dirty since some point: the bits, and the reason where they say 'everything' for want of knowledge.
 #[derive(Debug)]
 pub(super) struct Union {
@@ -63,22 +96,20 @@ pub(super) struct Union {
 pub(super) struct Tracking {
     pub sidecar: Sidecar,
     pub shm: Arc<dyn Shm>,
-    recording: Published<Vec<Recording>>,
+    recording: Published<Recordings>,
     clock: Words,
 }
 
 impl Tracking {
     pub(super) fn new(sidecar: Sidecar, shm: Arc<dyn Shm>, clock: Words, recording: Vec<Recording>) -> Self {
-        Tracking { sidecar, shm, recording: Published::new(recording), clock }
+        Tracking { sidecar, shm, recording: Published::new(Recordings::new(recording)), clock }
     }
 
     /// Marks a range in every recording bitmap and notes the time. The caller holds the gate.
     pub(super) fn mark(&self, offset: u64, len: u64) {
-        let recordings = self.recording.load();
-        for recording in recordings.iter() {
-            recording.bitmap.mark_unfenced(offset, len);
-        }
-        if !recordings.is_empty() {
+        let recordings = self.recording.peek();
+        recordings.mark_unfenced(offset, len);
+        if !recordings.list.is_empty() {
             // One for all of them: whoever sees the write that follows finds it in each.
             full_fence();
         }
@@ -87,7 +118,7 @@ impl Tracking {
 
     /// Marks everything in every recording bitmap.
     pub(super) fn mark_all(&self) {
-        self.recording.load().iter().for_each(|recording| recording.bitmap.mark_all());
+        self.recording().iter().for_each(|recording| recording.bitmap.mark_all());
     }
 
     /// Notes that the image is about to be written, for the next open to tell foreign writers from us.
@@ -127,12 +158,12 @@ impl Tracking {
     }
 
     pub(super) fn recording(&self) -> Arc<Vec<Recording>> {
-        self.recording.load()
+        self.recording.peek().list.clone()
     }
 
     /// Replaces the recording bitmaps. The gate is held exclusively, or the new list has all that the old one has.
     pub(super) fn switch(&self, recording: Vec<Recording>) {
-        self.recording.store(Arc::new(recording));
+        self.recording.store(Arc::new(Recordings::new(recording)));
     }
 
     pub(super) fn directory(&self) -> Arc<Directory> {
@@ -228,7 +259,7 @@ impl Tracking {
         if let Some(reason) = &entry.everything {
             return Err(reason.clone());
         }
-        if let Some(recording) = self.recording.load().iter().find(|recording| recording.uuid == entry.uuid) {
+        if let Some(recording) = self.recording().iter().find(|recording| recording.uuid == entry.uuid) {
             return copy_of(&recording.bitmap).map_err(|e| e.to_string());
         }
         let Some(area) = &entry.area else {
@@ -268,7 +299,7 @@ impl Tracking {
     /// Bytes marked since a checkpoint, until the next one.
     pub(super) fn dirty_bytes(&self, checkpoint: &CheckpointEntry) -> u64 {
         let entry = &checkpoint.bitmap;
-        let recording = self.recording.load();
+        let recording = self.recording();
         let marked = recording.iter().find(|recording| recording.uuid == entry.uuid);
         let bytes = marked.map_or(entry.dirty, |recording| recording.bitmap.count_bytes());
         if entry.everything.is_some() { entry.size } else { bytes.min(entry.size) }
@@ -351,4 +382,32 @@ pub(super) fn recording_entry(recording: &Recording) -> BitmapEntry {
 /// The checkpoint that records now, if there is one.
 pub(super) fn recording_checkpoint(directory: &Directory) -> Option<&CheckpointEntry> {
     directory.checkpoints.last().filter(|checkpoint| checkpoint.state == CheckpointState::Recording)
+}
+
+#[cfg(all(test, not(any(feature = "shuttle", loom))))]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn recording(granularity: u64) -> Recording {
+        let bitmap = Arc::new(DirtyBitmap::heap(granularity, SIZE).unwrap());
+        Recording { uuid: Uuid::new_v4(), bitmap, area: None }
+    }
+
+    #[test]
+    fn several_bitmaps_have_each_mark_whatever_their_granularity_and_a_new_one_in_the_list_too() {
+        let list = vec![recording(4096), recording(65536)];
+        let marks = [(5000, 10), (0, 4096), (70_000, 200_000), (5000, 10), (SIZE - 1, 1), (60_000, 10_000)];
+        let recordings = Recordings::new(list.clone());
+        let new = Recordings::new(vec![list[0].clone(), recording(65536)]);
+        for (offset, len) in marks.into_iter().chain((0..SIZE / 512).rev().step_by(97).map(|at| (at * 512, 700))) {
+            recordings.mark_unfenced(offset, len);
+            new.mark_unfenced(offset, len);
+            let end = (offset + len).min(SIZE) - 1;
+            for one in list.iter().chain(&*new.list) {
+                assert!(one.bitmap.is_dirty(offset) && one.bitmap.is_dirty(end), "{offset}, {len}");
+            }
+        }
+    }
 }

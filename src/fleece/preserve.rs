@@ -9,7 +9,8 @@
 //!   the layer must still be the newest: then nobody had overwritten what was read, as the state is clear and the stripe
 //!   is claimed. What is set in a layer that has just stopped to be the newest is as true there as in the next one.
 //! * **One copies, others wait**: the chunks' stripes are claimed. Who hangs in a call on the store keeps them for
-//!   good; those who wait then find the layer broken, or give up when a call would have been.
+//!   good; those who wait then find the layer broken, or give up when that call has taken as long as one may. They wait
+//!   for an image that is slow, and behind any number of calls that return in time: neither breaks a view.
 //! * **The guest does not wait for a store that hangs.** A call on the store is made on a thread of its own with a time
 //!   limit ([`Waits`]), or in the thread of a caller that can be answered by somebody else ([`Answered`]).
 
@@ -18,13 +19,13 @@ use super::chain::Chain;
 use super::disk::Disk;
 use super::events::Event;
 use super::layer::Layer;
-use crate::error::{Error, Result};
+use super::stripes::Claim;
+use crate::error::{Error, Result, errno};
 use crate::storage::buffer::AlignedBuf;
 use crate::storage::watch::Rest;
 use crate::sync::full_fence;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Longest write whose first touch is made in the caller's thread: its data are copied for whoever may have to take
 /// over, which for longer ones costs more than the way to another thread.
@@ -163,20 +164,18 @@ impl Disk {
         let Some(layer) = chain.newest() else { return Ok(Caller::GoesOn) };
         let chunks = layer.chunks_of(offset, len);
         let bytes = layer.bytes_of(&chunks);
-        let mut patience = None;
-        let claim = layer.stripes.claim(bytes.start, bytes.end.saturating_sub(bytes.start), || {
-            let until = *patience.get_or_insert_with(|| Instant::now() + layer.store.stores().timeout);
-            !layer.is_broken() && Instant::now() < until
-        });
-        if claim.is_none() {
-            return self.not_kept(layer, layer.store.hangs()).map(|()| Caller::GoesOn);
-        }
+        let (len, limit) = (bytes.end.saturating_sub(bytes.start), layer.store.stores().timeout);
+        let Some(claim) = layer.stripes.claim(bytes.start, len, limit, || !layer.is_broken()) else {
+            // Once the views are broken there is nothing to keep, whatever the policy.
+            let kept = if layer.is_broken() { Ok(()) } else { self.not_kept(layer, layer.store.hangs()) };
+            return kept.map(|()| Caller::GoesOn);
+        };
         let mut at = chunks.start;
         while !layer.is_broken()
             && let Some(run) = self.first_to_copy(&chain, layer, at..chunks.end, zeroes)?
         {
             at = run.end;
-            match self.copy(layer, run, wait)? {
+            match self.copy(layer, &claim, run, wait)? {
                 Copied::All => {}
                 Copied::Overtaken => return Ok(Caller::GoesOn),
                 Copied::ByOthers => return Ok(Caller::IsReplaced),
@@ -186,7 +185,7 @@ impl Disk {
     }
 
     /// One copy: image to store to states.
-    fn copy(&self, layer: &Arc<Layer>, chunks: Range<u64>, wait: &mut impl Wait) -> Result<Copied> {
+    fn copy(&self, layer: &Arc<Layer>, claim: &Claim<'_>, chunks: Range<u64>, wait: &mut impl Wait) -> Result<Copied> {
         let bytes = layer.bytes_of(&chunks);
         let len = (bytes.end - bytes.start) as usize;
         let mut old = AlignedBuf::uncleared(len);
@@ -197,9 +196,17 @@ impl Disk {
         }
         if let Err(e) = read {
             self.check_open()?;
-            return self.copy_unreadable(layer, chunks, &e, wait);
+            return self.copy_unreadable(layer, claim, chunks, &e, wait);
         }
-        match wait.keep(layer, old, bytes.start) {
+        let kept = claim.ask(|| {
+            let kept = wait.keep(layer, old, bytes.start);
+            let hung = match &kept {
+                Ok(caller) => *caller == Caller::IsReplaced,
+                Err(e) => e.errno() == errno::ETIMEDOUT,
+            };
+            (kept, hung)
+        });
+        match kept {
             Ok(Caller::GoesOn) => {
                 self.counters.copied(chunks.end - chunks.start, len as u64);
                 layer.set_copied(chunks);
@@ -214,13 +221,14 @@ impl Disk {
     fn copy_unreadable(
         &self,
         layer: &Arc<Layer>,
+        claim: &Claim<'_>,
         chunks: Range<u64>,
         e: &Error,
         wait: &mut impl Wait,
     ) -> Result<Copied> {
         if chunks.end - chunks.start > 1 {
             for chunk in chunks {
-                match self.copy(layer, chunk..chunk + 1, wait)? {
+                match self.copy(layer, claim, chunk..chunk + 1, wait)? {
                     Copied::All if !layer.is_broken() => {}
                     other => return Ok(other),
                 }

@@ -20,7 +20,6 @@ use crate::units::{MAX_GATE_BYTES, round_down, round_up};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 use uuid::Uuid;
 
 /// Most bytes that one question for the block status looks at: it bounds the walk over the states.
@@ -400,8 +399,7 @@ impl View {
         let chunks = self.layer.chunks_of(offset, len);
         loop {
             let Some(newest) = self.disk.chain.load().newest().cloned() else { return Ok(()) };
-            let patience = Instant::now() + newest.store.stores().timeout;
-            let claim = newest.stripes.claim(offset, len, || Instant::now() < patience);
+            let claim = newest.stripes.claim(offset, len, newest.store.stores().timeout, || true);
             let Some(_claim) = claim else { return Err(newest.store.hangs()) };
             self.layer.set_released(&*self.disk.tracking.shm, chunks.clone())?;
             if self.disk.chain.peek().newest().is_some_and(|now| Arc::ptr_eq(now, &newest)) {

@@ -3,6 +3,7 @@
 use crate::rig::*;
 use fleecefs::error::errno;
 use fleecefs::fleece::{Fleece, StoreErrorPolicy};
+use fleecefs::storage::Storage;
 use fleecefs::storage::faulty::Call;
 use std::sync::Arc;
 use std::time::Duration;
@@ -168,4 +169,64 @@ fn a_reader_of_a_view_whose_store_hangs_gets_an_error_and_later_the_right_bytes(
     assert_same(&read_view(&view, 4 * CHUNK, CHUNK).unwrap(), &pattern(1, 4 * CHUNK, CHUNK), "the image's part");
     store.release(Call::Read);
     assert_same(&eventually(|| read_view(&view, 0, DISK_BYTES)), oracle.0["a"].at(&name), "view");
+}
+
+/// Two guests' writes to neighbours that were never touched, while reads of the image take longer than a call on the
+/// store may: the one waits for the other, and the store has done nothing wrong.
+#[test]
+fn an_image_that_is_slow_is_no_store_that_hangs() {
+    for policy in [StoreErrorPolicy::BreakSnapshot, StoreErrorPolicy::FailWrite] {
+        let host = Host::pair().with(|options| {
+            options.store_timeout = Duration::from_millis(300);
+            options.on_store_error = policy;
+        });
+        let (fleece, mut oracle) = written(&host);
+        oracle.freeze(&fleece, "s").unwrap();
+        let image = &host.files["a"].image_faults;
+        image.stall(Call::Read);
+        std::thread::scope(|scope| {
+            let write = |at: u64| {
+                let disk = fleece.disk("a").unwrap();
+                scope.spawn(move || disk.write(&pattern(2, at, CHUNK), at).unwrap())
+            };
+            let writers = [write(0), write(CHUNK), write(2 * CHUNK)];
+            std::thread::sleep(Duration::from_millis(900));
+            image.release(Call::Read);
+            for writer in writers {
+                assert_eq!(writer.join().unwrap() as u64, CHUNK);
+            }
+        });
+        oracle.write(&fleece, "a", 0, 3 * CHUNK, 2).unwrap();
+        oracle.check(&fleece, Allow { more: true, ..EXACT });
+    }
+}
+
+/// With views that are broken there is nothing to keep: a guest's write that waits behind a store goes on.
+#[test]
+fn who_waits_for_the_store_of_broken_views_goes_on_whatever_the_policy() {
+    let host = Host::pair().with(|options| {
+        options.store_timeout = Duration::from_secs(5);
+        options.on_store_error = StoreErrorPolicy::FailWrite;
+    });
+    let (fleece, mut oracle) = written(&host);
+    oracle.freeze(&fleece, "s").unwrap();
+    let files = &host.files["a"];
+    files.store_faults.stall(Call::Write);
+    std::thread::scope(|scope| {
+        let write = |at: u64| {
+            let disk = fleece.disk("a").unwrap();
+            scope.spawn(move || disk.write(&pattern(2, at, CHUNK), at))
+        };
+        let first = write(0);
+        wait_for("the first writer asks the store", || files.store_faults.calls(Call::Write) > 0);
+        let second = write(CHUNK);
+        std::thread::sleep(Duration::from_millis(100));
+        // Another program writes to the image.
+        files.image.set_len(DISK_BYTES + 4096).unwrap();
+        let _ = try_freeze(&fleece, "t", &["a"], None);
+        assert!(view_of(&fleece, "s", "a").broken().is_some());
+        assert_eq!(second.join().unwrap().unwrap() as u64, CHUNK);
+        files.store_faults.release(Call::Write);
+        assert_eq!(first.join().unwrap().unwrap() as u64, CHUNK);
+    });
 }

@@ -15,9 +15,10 @@ fn file_name(layer: uuid::Uuid, part: &str) -> String {
     format!("{}/{part}.words", layer_dir(layer))
 }
 
-/// Saves a layer's words durably.
+/// Saves a layer's words durably. They are taken before the store is synced: a copy that is still under way may set a
+/// state at any time, and what is saved must not name one that is not durable.
 pub(super) fn save(layer: &Layer) -> Result<()> {
-    layer.store.sync()?;
+    let mut parts = Vec::new();
     for (part, words) in layer.parts() {
         let mut bytes: Vec<u8> = Vec::with_capacity(words.len() * 8 + 4);
         for word in words {
@@ -25,6 +26,10 @@ pub(super) fn save(layer: &Layer) -> Result<()> {
         }
         let crc = crc32c::crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
+        parts.push((part, bytes));
+    }
+    layer.store.sync()?;
+    for (part, bytes) in parts {
         let name = file_name(layer.uuid, part);
         layer.store.io().run("save a view", move |io| {
             io.dir.remove(&name)?;

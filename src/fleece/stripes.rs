@@ -107,6 +107,8 @@ impl Stripes {
                 return None;
             }
             if let Some(guard) = guard {
+                // Of a holder that panicked, if not 0.
+                stripe.asked_ms.store(0, Ordering::Relaxed);
                 return Some(Held { stripe, _guard: guard });
             }
             let asked_ms = stripe.asked_ms.load(Ordering::Relaxed);

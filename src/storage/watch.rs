@@ -280,6 +280,29 @@ mod real {
         }
 
         #[test]
+        fn at_the_limit_the_rest_is_done_once_by_one_of_the_two() {
+            const ROUNDS: u32 = 100;
+            let watch = Watch::new(2, LOOK_MIN * 2);
+            let (told, tells) = channel();
+            let (mut mine, mut entered) = (0, 0);
+            for round in 0..ROUNDS {
+                let Some(place) = watch.enter() else { continue };
+                entered += 1;
+                let told = told.clone();
+                let pause = LOOK_MIN / 4 * (round % 16);
+                if let Some((rest, ())) = place.run(move || told.send(round).unwrap(), || thread::sleep(pause)) {
+                    mine += 1;
+                    rest();
+                }
+            }
+            drop(told);
+            let done: Vec<u32> = tells.iter().collect();
+            let rounds: std::collections::BTreeSet<u32> = done.iter().copied().collect();
+            assert_eq!((done.len(), rounds.len()), (entered, entered), "{mine} were back in time");
+            assert!(watch.enter().is_some(), "none is counted that came back");
+        }
+
+        #[test]
         fn a_call_after_a_pause_is_watched_too() {
             let watch = Watch::new(1, SHORT);
             for _ in 0..3 {

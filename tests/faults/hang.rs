@@ -2,10 +2,12 @@
 
 use crate::rig::*;
 use fleecefs::error::errno;
-use fleecefs::fleece::{Fleece, StoreErrorPolicy};
+use fleecefs::fleece::{Disk, Fleece, StoreErrorPolicy};
 use fleecefs::storage::Storage;
 use fleecefs::storage::faulty::Call;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 fn host(policy: StoreErrorPolicy) -> Host {
@@ -229,4 +231,159 @@ fn who_waits_for_the_store_of_broken_views_goes_on_whatever_the_policy() {
         files.store_faults.release(Call::Write);
         assert_eq!(first.join().unwrap().unwrap() as u64, CHUNK);
     });
+}
+
+/// Disks of which each stripe of first writers has room for the writers below.
+const STRIPE: u64 = 256 << 10;
+const WRITERS: u64 = 16;
+const WIDE_BYTES: u64 = WRITERS / 2 * STRIPE;
+
+fn wide(policy: StoreErrorPolicy) -> Host {
+    let mut host = host(policy);
+    for name in PAIR {
+        host.files.insert(name, Files::new(name, WIDE_BYTES));
+    }
+    host
+}
+
+/// What a write was answered, and whether in the thread that asked for it.
+struct Answer {
+    done: fleecefs::error::Result<usize>,
+    here: bool,
+}
+
+/// A guest's writes, each in a thread of its own that need not answer it.
+struct Guests {
+    threads: Vec<JoinHandle<()>>,
+    answers: Receiver<Answer>,
+}
+
+impl Guests {
+    /// Two in each stripe, a chunk each: more than there are places for calls in the writer's thread.
+    fn write(disk: &Arc<Disk>, seed: u8) -> Self {
+        let (tell, answers) = channel();
+        let start = |writer: u64| {
+            let (disk, tell) = (disk.clone(), tell.clone());
+            thread::spawn(move || {
+                let (offset, caller) = (Self::offset(writer), thread::current().id());
+                disk.write_then(&pattern(seed, offset, CHUNK), offset, move |done| {
+                    tell.send(Answer { done, here: thread::current().id() == caller }).unwrap();
+                });
+            })
+        };
+        Guests { threads: (0..WRITERS).map(start).collect(), answers }
+    }
+
+    fn offset(writer: u64) -> u64 {
+        writer / 2 * STRIPE + writer % 2 * CHUNK
+    }
+
+    /// One for each write, in time.
+    fn answers(&self) -> Vec<Answer> {
+        (0..WRITERS).map(|_| self.answers.recv_timeout(Duration::from_secs(60)).expect("an answer")).collect()
+    }
+
+    /// The threads come back, and have nothing to say.
+    fn end(self) {
+        self.threads.into_iter().for_each(|guest| guest.join().unwrap());
+        assert!(self.answers.recv().is_err(), "a write was answered twice");
+    }
+}
+
+/// Those who hang in a call in their own thread, which is no more than there are places, are answered by others.
+fn assert_taken_over(host: &Host, answers: &[Answer]) {
+    let by_others = answers.iter().filter(|answer| !answer.here).count();
+    assert!((1..=host.options.store_calls_here).contains(&by_others), "{by_others} answers came from other threads");
+}
+
+#[test]
+fn with_break_snapshot_a_write_that_hangs_is_done_by_another_thread() {
+    let host = wide(StoreErrorPolicy::BreakSnapshot);
+    let fleece = host.mount();
+    let mut oracle = Oracle::new(&host);
+    for disk in PAIR {
+        oracle.write(&fleece, disk, 0, WIDE_BYTES, 1).unwrap();
+    }
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let name = format!("s{serial}");
+    let disk = fleece.disk("a").unwrap();
+    let store = &host.files["a"].store_faults;
+    store.stall(Call::Write);
+
+    let guests = Guests::write(&disk, 2);
+    let answers = guests.answers();
+    assert!(answers.iter().all(|answer| answer.done.as_ref().is_ok_and(|count| *count as u64 == CHUNK)));
+    assert_taken_over(&host, &answers);
+    let view = view_of(&fleece, &name, "a");
+    assert!(view.broken().is_some());
+    assert_errno(read_view(&view, 0, 1), errno::EIO);
+    for offset in (0..WRITERS).map(Guests::offset) {
+        assert_same(&read_live(&disk, offset, CHUNK), &pattern(2, offset, CHUNK), "what was answered");
+    }
+    // Others go on, in the stripes that are held too, and the gate is free.
+    oracle.write(&fleece, "a", 0, WIDE_BYTES, 2).unwrap();
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let during = format!("s{serial}");
+    assert_same(&read_view(&view_of(&fleece, &during, "a"), 0, WIDE_BYTES).unwrap(), oracle.0["a"].at(&during), "new");
+    oracle.write(&fleece, "a", 0, WIDE_BYTES, 3).unwrap();
+
+    store.release(Call::Write);
+    guests.end();
+    assert!(view.broken().is_some());
+    oracle.check(&fleece, BREAKABLE);
+    let later = Guests::write(&disk, 4);
+    assert!(later.answers().iter().all(|answer| answer.done.is_ok()));
+    later.end();
+    for offset in (0..WRITERS).map(Guests::offset) {
+        oracle.write(&fleece, "a", offset, CHUNK, 4).unwrap();
+    }
+    oracle.check(&fleece, BREAKABLE);
+    fleece.close().unwrap();
+}
+
+#[test]
+fn with_fail_write_a_write_that_hangs_is_refused_by_another_thread() {
+    let host = wide(StoreErrorPolicy::FailWrite);
+    let fleece = host.mount();
+    let mut oracle = Oracle::new(&host);
+    for disk in PAIR {
+        oracle.write(&fleece, disk, 0, WIDE_BYTES, 1).unwrap();
+    }
+    let mut serial = 0;
+    eventually(|| {
+        serial += 1;
+        oracle.freeze(&fleece, &format!("s{serial}"))
+    });
+    let name = format!("s{serial}");
+    let disk = fleece.disk("a").unwrap();
+    let store = &host.files["a"].store_faults;
+    store.stall(Call::Write);
+
+    let guests = Guests::write(&disk, 2);
+    let answers = guests.answers();
+    assert!(answers.iter().all(|answer| answer.done.as_ref().is_err_and(|e| e.errno() == errno::ETIMEDOUT)));
+    assert_taken_over(&host, &answers);
+    assert_same(&read_live(&disk, 0, WIDE_BYTES), &oracle.0["a"].live, "the disk after refused writes");
+    eventually(|| oracle.write(&fleece, "b", 0, 2 * CHUNK, 2));
+    let view = view_of(&fleece, &name, "a");
+    assert!(view.broken().is_none());
+    assert_same(&read_view(&view, 0, WIDE_BYTES).unwrap(), oracle.0["a"].at(&name), "view");
+
+    store.release(Call::Write);
+    guests.end();
+    assert_same(&read_live(&disk, 0, WIDE_BYTES), &oracle.0["a"].live, "the disk after the store came back");
+    for offset in (0..WRITERS).map(Guests::offset) {
+        eventually(|| oracle.write(&fleece, "a", offset, CHUNK, 3));
+    }
+    let view = view_of(&fleece, &name, "a");
+    assert_same(&eventually(|| read_view(&view, 0, WIDE_BYTES)), oracle.0["a"].at(&name), "view");
+    assert_same(&read_live(&disk, 0, WIDE_BYTES), &oracle.0["a"].live, "live");
+    fleece.close().unwrap();
 }

@@ -91,6 +91,37 @@ fn a_view_reads_frozen_bytes_while_a_newer_snapshot_takes_the_copies() {
     });
 }
 
+/// I2, I4: while a writer copies for one layer, a snapshot comes and the chunk is overwritten behind it. The copy must
+/// not hold what came later, and the writer must not forget that a newer layer needs the chunk.
+#[test]
+fn a_copy_that_a_snapshot_overtakes_holds_nothing_newer() {
+    explore(2, || {
+        let rig = Rig::filled(1);
+        rig.freeze("s");
+        let overtaken = thread::spawn({
+            let rig = rig.clone();
+            move || rig.fill(0, 1, 2)
+        });
+        let other = thread::spawn({
+            let rig = rig.clone();
+            move || {
+                rig.freeze("t");
+                let frozen = pages(&content(&rig.view("t")));
+                rig.fill(0, 1, 3);
+                frozen
+            }
+        });
+        assert_eq!(pages(&content(&rig.view("s"))), [1]);
+        overtaken.join().unwrap();
+        let frozen = other.join().unwrap();
+        assert_eq!(pages(&content(&rig.view("s"))), [1]);
+        assert!([[1], [2]].contains(&[frozen[0]]), "{frozen:?}");
+        assert_eq!(pages(&content(&rig.view("t"))), frozen);
+        let now = pages(&live(&rig.disk("a")));
+        assert!(now == [3] || (now, frozen[0]) == (vec![2], 1), "the last write is there");
+    });
+}
+
 /// I2, first writers: one copies, the other waits; parts of one chunk lose nothing of each other.
 #[test]
 fn two_first_writers_of_one_chunk_keep_both_writes_and_the_old_content() {
@@ -207,6 +238,41 @@ fn an_older_view_reads_frozen_bytes_while_a_dropped_layer_is_folded() {
         assert_eq!(pages(&content(&new)), [2, 2, 1, 1]);
         let folded = rig.fleece.counters().into_iter().find(|counter| counter.name == "layers_folded").unwrap();
         assert_eq!(folded.value, 1);
+    });
+}
+
+/// I4: a copy that began before a snapshot may end in a layer that is being folded, or gone.
+#[test]
+fn an_older_view_reads_frozen_bytes_while_a_layer_is_folded_that_still_takes_a_copy() {
+    explore(1, || {
+        let rig = Rig::filled(2);
+        rig.freeze("old");
+        rig.freeze("middle");
+        let overtaken = thread::spawn({
+            let rig = rig.clone();
+            move || rig.fill(0, 2, 2)
+        });
+        let folder = thread::spawn({
+            let rig = rig.clone();
+            move || {
+                rig.freeze("new");
+                rig.fleece.complete_snapshot("middle", None).unwrap();
+                rig.fleece.reap();
+            }
+        });
+        let guest = thread::spawn({
+            let rig = rig.clone();
+            move || rig.fill(1, 1, 3)
+        });
+        let old = rig.view("old");
+        assert_eq!(pages(&content(&old)), [1, 1]);
+        [overtaken, folder, guest].into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(pages(&content(&old)), [1, 1]);
+        let frozen = content(&rig.view("new"));
+        rig.fill(0, 2, 4);
+        rig.fleece.reap();
+        assert_eq!(pages(&content(&old)), [1, 1]);
+        assert!(content(&rig.view("new")) == frozen, "the view changed");
     });
 }
 

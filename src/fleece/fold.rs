@@ -1,11 +1,12 @@
 //! Reaping: layers that no view needs go, and hidden layers are folded into their older neighbour, so that hourly
 //! snapshots under one old view do not grow without bound (I4).
 //!
-//! Folded are only layers without a view that are not the newest (those take no more guest copies). Only the chunks
-//! that the neighbour lacks, inside its size, that some older view still needs. The shorter chain is published after
-//! all states are set, then the directory is written; the folded layer stays intact until the last walker of a longer
-//! chain has left, since that walker holds it. A failure leaves everything as it was: what was copied by then is
-//! true in both layers.
+//! Folded are only layers without a view that are not the newest. Those take no more guest copies but such as began
+//! before: what these add may be left out, since it comes to a newer layer, too, before the guest overwrites it.
+//! Only the chunks that the neighbour lacks, inside its size, that some older view still needs. The shorter chain is
+//! published after all states are set, then the directory is written; the folded layer stays intact until the last
+//! walker of a longer chain has left, since that walker holds it. A failure leaves everything as it was: what was
+//! copied by then is true in both layers.
 
 use super::chain::Chain;
 use super::disk::Disk;

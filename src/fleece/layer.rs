@@ -3,7 +3,7 @@
 //! Per chunk one state. *Clear*: the frozen content still stands in a newer layer or in the image. *Copied*: it is
 //! complete in this layer's store. *Lost*: it could not be read when it had to be copied; the view answers EIO there.
 //! A chunk's state only ever goes from clear to copied or lost, and only while its stripe is claimed (or, in folding,
-//! by the one folder, on a layer that takes no more guest copies).
+//! by the one folder, into a layer whose guest copies, if one is still under way, are of the same content).
 //!
 //! The states, the `broken` flag and the released ranges live in words outside this process' heap, so that they are
 //! exact after kill -9:

@@ -93,7 +93,7 @@ struct Late<D> {
 impl<D: FnOnce(Result<usize>) + Send + 'static> Rest for Late<D> {
     fn take_over(self) {
         let answer = match self.disk.not_kept(&self.layer, self.layer.store.hangs()) {
-            // Every view is broken: no store is asked any more.
+            // The layer is broken and its store not asked any more; a newer layer's is, with a limit.
             Ok(()) => self.disk.write_pieces(&self.data, self.offset, &mut Waits).map(|(count, _)| count),
             Err(e) => Err(e),
         };

@@ -26,7 +26,7 @@ pub trait Rest: Send + 'static {
 #[cfg(not(any(feature = "shuttle", loom)))]
 mod real {
     use super::Rest;
-    use parking_lot::{Condvar, Mutex};
+    use parking_lot::{Condvar, Mutex, MutexGuard};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
@@ -185,7 +185,8 @@ mod real {
                 }
                 let next = Instant::now() + pause;
                 while !thread.closed && !self.wake.wait_until(&mut thread, next).timed_out() {}
-                self.look(Instant::now());
+                // Without the lock: where no thread can be made, what is left is done here.
+                MutexGuard::unlocked(&mut thread, || self.look(Instant::now()));
                 // Who enters from here on wakes this thread; who is inside by now may have found it awake.
                 self.busy.store(false, Ordering::SeqCst);
                 if self.slots.iter().any(|slot| slot.taken.load(Ordering::SeqCst)) {

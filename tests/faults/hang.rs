@@ -213,6 +213,7 @@ fn who_waits_for_the_store_of_broken_views_goes_on_whatever_the_policy() {
     let (fleece, mut oracle) = written(&host);
     oracle.freeze(&fleece, "s").unwrap();
     let files = &host.files["a"];
+    let calls = files.store_faults.calls(Call::Write);
     files.store_faults.stall(Call::Write);
     std::thread::scope(|scope| {
         let write = |at: u64| {
@@ -220,7 +221,7 @@ fn who_waits_for_the_store_of_broken_views_goes_on_whatever_the_policy() {
             scope.spawn(move || disk.write(&pattern(2, at, CHUNK), at))
         };
         let first = write(0);
-        wait_for("the first writer asks the store", || files.store_faults.calls(Call::Write) > 0);
+        wait_for("the first writer asks the store", || files.store_faults.calls(Call::Write) > calls);
         let second = write(CHUNK);
         std::thread::sleep(Duration::from_millis(100));
         // Another program writes to the image.

@@ -166,9 +166,7 @@ impl Disk {
         let bytes = layer.bytes_of(&chunks);
         let (len, limit) = (bytes.end.saturating_sub(bytes.start), layer.store.stores().timeout);
         let Some(claim) = layer.stripes.claim(bytes.start, len, limit, || !layer.is_broken()) else {
-            // Once the views are broken there is nothing to keep, whatever the policy.
-            let kept = if layer.is_broken() { Ok(()) } else { self.not_kept(layer, layer.store.hangs()) };
-            return kept.map(|()| Caller::GoesOn);
+            return self.not_kept(layer, layer.store.hangs()).map(|()| Caller::GoesOn);
         };
         let mut at = chunks.start;
         while !layer.is_broken()
@@ -243,8 +241,12 @@ impl Disk {
         Ok(Copied::All)
     }
 
-    /// Old content cannot be kept: by policy the views break and the guest's write goes on, or it fails.
+    /// Old content cannot be kept: by policy the views break and the guest's write goes on, or it fails. Where they are
+    /// broken already, there is nothing to keep for whatever policy.
     fn not_kept(&self, layer: &Layer, e: Error) -> Result<()> {
+        if layer.is_broken() {
+            return Ok(());
+        }
         match self.policy {
             StoreErrorPolicy::FailWrite => {
                 Err(e.context(format!("write to disk '{}' refused, its old content cannot be kept", self.name())))

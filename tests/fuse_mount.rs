@@ -86,7 +86,12 @@ impl Mount {
 
     /// The end of a test: a clean unmount ends the session.
     fn finish(self) {
-        self.mounted.unmount(false).unwrap();
+        // A process that another test has just forked holds this one's files until it runs its program.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while let Err(e) = self.mounted.unmount(false) {
+            assert!(e.errno() == libc::EBUSY && Instant::now() < deadline, "{e}");
+            thread::sleep(Duration::from_millis(10));
+        }
         self.mounted.wait().unwrap();
         assert_eq!(fs::read_dir(self.dir.path().join("mnt")).unwrap().count(), 0);
     }

@@ -18,10 +18,15 @@ fn host(policy: StoreErrorPolicy) -> Host {
 }
 
 fn written(host: &Host) -> (Arc<Fleece>, Oracle) {
+    written_to(host, DISK_BYTES)
+}
+
+/// The pair of disks, the first `bytes` of each written.
+fn written_to(host: &Host, bytes: u64) -> (Arc<Fleece>, Oracle) {
     let fleece = host.mount();
     let mut oracle = Oracle::new(host);
     for disk in PAIR {
-        oracle.write(&fleece, disk, 0, DISK_BYTES, 1).unwrap();
+        oracle.write(&fleece, disk, 0, bytes, 1).unwrap();
     }
     (fleece, oracle)
 }
@@ -36,18 +41,23 @@ fn eventually<T>(mut attempt: impl FnMut() -> fleecefs::error::Result<T>) -> T {
     }
 }
 
+/// A snapshot of all disks; its name has the number of the try that succeeded, from `first` on.
+fn frozen(fleece: &Arc<Fleece>, oracle: &mut Oracle, first: u64) -> String {
+    let mut serial = first;
+    eventually(|| {
+        let name = format!("s{serial}");
+        serial += 1;
+        oracle.freeze(fleece, &name).map(|_| name)
+    })
+}
+
 const BREAKABLE: Allow = Allow { broken: true, more: true, ..EXACT };
 
 #[test]
 fn with_break_snapshot_the_guest_goes_on_and_the_operator_can_clean_up() {
     let host = host(StoreErrorPolicy::BreakSnapshot);
     let (fleece, mut oracle) = written(&host);
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let name = format!("s{serial}");
+    let name = frozen(&fleece, &mut oracle, 1);
     let store = &host.files["a"].store_faults;
     let all = [Call::Read, Call::Write, Call::Sync, Call::SetLen, Call::Punch, Call::Status, Call::Directory];
     all.into_iter().for_each(|call| store.stall(call));
@@ -85,11 +95,7 @@ fn with_break_snapshot_the_guest_goes_on_and_the_operator_can_clean_up() {
     if fleece.snapshot("b-only").is_ok() {
         fleece.cancel_snapshot("b-only").unwrap();
     }
-    let mut serial = 100;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
+    frozen(&fleece, &mut oracle, 100);
     oracle.write(&fleece, "a", 0, DISK_BYTES, 3).unwrap();
     oracle.check(&fleece, BREAKABLE);
     fleece.close().unwrap();
@@ -99,11 +105,7 @@ fn with_break_snapshot_the_guest_goes_on_and_the_operator_can_clean_up() {
 fn closing_returns_while_the_store_hangs_and_nothing_is_forgotten() {
     let host = host(StoreErrorPolicy::BreakSnapshot);
     let (fleece, mut oracle) = written(&host);
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
+    frozen(&fleece, &mut oracle, 1);
     let store = &host.files["a"].store_faults;
     for call in [Call::Read, Call::Write, Call::Status, Call::Directory] {
         store.stall(call);
@@ -125,12 +127,7 @@ fn closing_returns_while_the_store_hangs_and_nothing_is_forgotten() {
 fn with_fail_write_the_guest_gets_an_error_and_can_go_on_later() {
     let host = host(StoreErrorPolicy::FailWrite);
     let (fleece, mut oracle) = written(&host);
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let name = format!("s{serial}");
+    let name = frozen(&fleece, &mut oracle, 1);
     let store = &host.files["a"].store_faults;
     store.stall(Call::Write);
     let before = oracle.0["a"].live.clone();
@@ -153,12 +150,7 @@ fn with_fail_write_the_guest_gets_an_error_and_can_go_on_later() {
 fn a_reader_of_a_view_whose_store_hangs_gets_an_error_and_later_the_right_bytes() {
     let host = host(StoreErrorPolicy::BreakSnapshot);
     let (fleece, mut oracle) = written(&host);
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let name = format!("s{serial}");
+    let name = frozen(&fleece, &mut oracle, 1);
     oracle.write(&fleece, "a", 0, 4 * CHUNK, 2).unwrap();
     let view = view_of(&fleece, &name, "a");
     if view.broken().is_some() {
@@ -305,17 +297,8 @@ fn assert_taken_over(host: &Host, answers: &[Answer]) {
 #[test]
 fn with_break_snapshot_a_write_that_hangs_is_done_by_another_thread() {
     let host = wide(StoreErrorPolicy::BreakSnapshot);
-    let fleece = host.mount();
-    let mut oracle = Oracle::new(&host);
-    for disk in PAIR {
-        oracle.write(&fleece, disk, 0, WIDE_BYTES, 1).unwrap();
-    }
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let name = format!("s{serial}");
+    let (fleece, mut oracle) = written_to(&host, WIDE_BYTES);
+    let name = frozen(&fleece, &mut oracle, 1);
     let disk = fleece.disk("a").unwrap();
     let store = &host.files["a"].store_faults;
     store.stall(Call::Write);
@@ -332,11 +315,7 @@ fn with_break_snapshot_a_write_that_hangs_is_done_by_another_thread() {
     }
     // Others go on, in the stripes that are held too, and the gate is free.
     oracle.write(&fleece, "a", 0, WIDE_BYTES, 2).unwrap();
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let during = format!("s{serial}");
+    let during = frozen(&fleece, &mut oracle, 100);
     assert_same(&read_view(&view_of(&fleece, &during, "a"), 0, WIDE_BYTES).unwrap(), oracle.0["a"].at(&during), "new");
     oracle.write(&fleece, "a", 0, WIDE_BYTES, 3).unwrap();
 
@@ -357,17 +336,8 @@ fn with_break_snapshot_a_write_that_hangs_is_done_by_another_thread() {
 #[test]
 fn with_fail_write_a_write_that_hangs_is_refused_by_another_thread() {
     let host = wide(StoreErrorPolicy::FailWrite);
-    let fleece = host.mount();
-    let mut oracle = Oracle::new(&host);
-    for disk in PAIR {
-        oracle.write(&fleece, disk, 0, WIDE_BYTES, 1).unwrap();
-    }
-    let mut serial = 0;
-    eventually(|| {
-        serial += 1;
-        oracle.freeze(&fleece, &format!("s{serial}"))
-    });
-    let name = format!("s{serial}");
+    let (fleece, mut oracle) = written_to(&host, WIDE_BYTES);
+    let name = frozen(&fleece, &mut oracle, 1);
     let disk = fleece.disk("a").unwrap();
     let store = &host.files["a"].store_faults;
     store.stall(Call::Write);

@@ -9,6 +9,8 @@
 //! of the guest costs before and after. Each figure is on the clock and, behind it, on a processor: the second is the one
 //! to compare on a machine that has other work. Files lie in DIR, by default in the target directory; they are sparse.
 
+mod options;
+
 use fleecefs::bitmap::{Area, Bits, Directory, DirtyBitmap, Sidecar};
 use fleecefs::fleece::{DiskSpec, Fleece, Options, SnapshotRequest};
 use fleecefs::storage::os::{OpenOptions, OsFile};
@@ -28,16 +30,12 @@ struct Settings {
 
 fn settings() -> Settings {
     let mut settings = Settings { dir: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), bitmaps: 100, checkpoints: 1000 };
-    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
-    while let Some(option) = args.next() {
-        let value = args.next().unwrap_or_else(|| panic!("{option} needs a value"));
-        match option.as_str() {
-            "--dir" => settings.dir = value.into(),
-            "--bitmaps" => settings.bitmaps = value.parse().expect("a number of bitmaps"),
-            "--checkpoints" => settings.checkpoints = value.parse().expect("a number of checkpoints"),
-            _ => panic!("unknown option {option}"),
-        }
-    }
+    options::each(|option, value| match option {
+        "--dir" => settings.dir = value.into(),
+        "--bitmaps" => settings.bitmaps = value.parse().expect("a number of bitmaps"),
+        "--checkpoints" => settings.checkpoints = value.parse().expect("a number of checkpoints"),
+        _ => panic!("unknown option {option}"),
+    });
     settings
 }
 

@@ -11,6 +11,8 @@
 //! at a time from the beginning to the end, as the kernel reads ahead. 'anywhere' is the time for 4 KiB at a random place,
 //! in microseconds. Files lie in DIR, by default in the target directory.
 
+mod options;
+
 use fleecefs::backup::{MapFile, MapFormat, MapMeta};
 use fleecefs::fleece::{DiskSpec, Fleece, Options, SnapshotRequest, ViewMap};
 use std::path::{Path, PathBuf};
@@ -29,16 +31,12 @@ struct Settings {
 
 fn settings() -> Settings {
     let mut settings = Settings { dir: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), rounds: 5, extents: 1 << 20 };
-    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
-    while let Some(option) = args.next() {
-        let value = args.next().unwrap_or_else(|| panic!("{option} needs a value"));
-        match option.as_str() {
-            "--dir" => settings.dir = value.into(),
-            "--rounds" => settings.rounds = value.parse().expect("a number of rounds"),
-            "--extents" => settings.extents = value.parse().expect("a number of extents"),
-            _ => panic!("unknown option {option}"),
-        }
-    }
+    options::each(|option, value| match option {
+        "--dir" => settings.dir = value.into(),
+        "--rounds" => settings.rounds = value.parse().expect("a number of rounds"),
+        "--extents" => settings.extents = value.parse().expect("a number of extents"),
+        _ => panic!("unknown option {option}"),
+    });
     settings
 }
 

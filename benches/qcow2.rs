@@ -10,6 +10,8 @@
 //! rounds. All go through the page cache, on files of their own in one directory (by default in the target directory),
 //! qcow2 with clusters of 64 KiB. Needs qemu-img and qemu-io.
 
+mod options;
+
 use fleecefs::image::{Format, Image, OpenOptions};
 use imago::file::File;
 use imago::qcow2::Qcow2;
@@ -54,17 +56,13 @@ impl Settings {
 fn settings() -> Settings {
     let mut settings =
         Settings { dir: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), rounds: 11, ops: 20_000, only: None };
-    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
-    while let Some(option) = args.next() {
-        let value = args.next().unwrap_or_else(|| panic!("{option} needs a value"));
-        match option.as_str() {
-            "--dir" => settings.dir = value.into(),
-            "--rounds" => settings.rounds = value.parse().expect("a number of rounds"),
-            "--ops" => settings.ops = value.parse().expect("a number of operations"),
-            "--only" => settings.only = Some(value),
-            _ => panic!("unknown option {option}"),
-        }
-    }
+    options::each(|option, value| match option {
+        "--dir" => settings.dir = value.into(),
+        "--rounds" => settings.rounds = value.parse().expect("a number of rounds"),
+        "--ops" => settings.ops = value.parse().expect("a number of operations"),
+        "--only" => settings.only = Some(value),
+        _ => panic!("unknown option {option}"),
+    });
     settings
 }
 

@@ -20,6 +20,7 @@ mod logging;
 mod own_mount;
 
 pub use images::{absolute, check_images};
+pub use logging::to_syslog as log_to_syslog;
 pub use own_mount::OwnMount;
 
 use crate::backup::jobs::Jobs;
@@ -366,6 +367,7 @@ fn status(fleece: &Fleece, qmp: &Path) -> Value {
         "guest_share": fleece.options().guest_share,
         "counters": counters,
         "problems": fleece.problems(),
+        "volume_warnings": fleece.volume_warnings(),
     })
 }
 
@@ -381,7 +383,7 @@ struct Daemon {
 }
 
 impl Host for Daemon {
-    fn fleece(&self) -> &Fleece {
+    fn fleece(&self) -> &Arc<Fleece> {
         &self.fleece
     }
 
@@ -393,7 +395,7 @@ impl Host for Daemon {
         self.control.apply(actions)
     }
 
-    fn jobs(&self) -> &Jobs {
+    fn jobs(&self) -> &Arc<Jobs> {
         &self.jobs
     }
 
@@ -401,8 +403,12 @@ impl Host for Daemon {
         &self.nodes
     }
 
+    fn check_image(&self, spec: &DiskSpec) -> Result<()> {
+        images::check_added(spec, &self.mountpoint, &self.fleece)
+    }
+
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
-        images::check_added(spec, &self.mountpoint, &self.fleece)?;
+        self.check_image(spec)?;
         self.fleece.add_disk(spec)
     }
 

@@ -37,6 +37,7 @@ pub mod errno {
     pub const EOPNOTSUPP: i32 = 95;
     pub const ENOTCONN: i32 = 107;
     pub const ETIMEDOUT: i32 = 110;
+    pub const ECONNREFUSED: i32 = 111;
     pub const ESTALE: i32 = 116;
     pub const ECANCELED: i32 = 125;
 }

@@ -5,7 +5,8 @@
 //!
 //! Layers, each depending only on those below it (a test enforces it): [`cli`] and [`daemon`] over the surfaces
 //! [`fuse`] and [`qmp`], over [`backup`] (maps), over [`fleece`] (the core), over [`bitmap`] and [`image`], over
-//! [`storage`]; [`units`], [`error`] and [`sync`] are everybody's.
+//! [`storage`]; [`volume`] (partitions and logical volumes) stands beside [`image`]; [`units`], [`error`] and [`sync`]
+//! are everybody's.
 
 pub mod backup;
 pub mod bitmap;
@@ -19,3 +20,4 @@ pub mod qmp;
 pub mod storage;
 pub mod sync;
 pub mod units;
+pub mod volume;

@@ -4,7 +4,7 @@
 //! Lock ranks, taken in this order only (a lock is never waited for while one further down is held):
 //! 1. control (one snapshot, checkpoint or consumer operation at a time)
 //! 2. a disk's `reaping` (folding and closing), then its `disarming` (a round of disarming, resize, close)
-//! 3. gates of disks, in name order
+//! 3. scanning live disks for volumes, which reads images; then gates of disks, in name order; in one, holds of watches
 //! 4. a layer's stripes, in index order
 //! 5. chain edit, noting a loss (`fleece::lost`); `arming` of a disk's regions, which nobody waits for in a pin of a
 //!    region, and writers do not in a gate or stripe; then the sidecar's writer
@@ -101,6 +101,10 @@ mod imp {
         /// Waits for the exclusive hold.
         pub fn write(&self) -> RwLockWriteGuard<'_, T> {
             RwLockWriteGuard(self.0.write().unwrap())
+        }
+        /// The exclusive hold, however long it takes: time stands still.
+        pub fn try_write_for(&self, _patience: std::time::Duration) -> Option<RwLockWriteGuard<'_, T>> {
+            Some(self.write())
         }
     }
     impl<T> Deref for RwLockReadGuard<'_, T> {

@@ -1,6 +1,7 @@
 //! Sizes, offsets and names: parsing, limits and arithmetic that every layer shares.
 
 use crate::error::{Error, Result, errno};
+use std::ops::Range;
 
 /// Default copy unit in bytes: the piece of old content that the first overwrite of it preserves.
 pub const DEFAULT_CHUNK: u64 = 4096;
@@ -23,6 +24,18 @@ pub fn round_down(n: u64, unit: u64) -> u64 {
 /// Rounds `n` up to a multiple of `unit` (a power of two); `n` must be at most 2^63.
 pub fn round_up(n: u64, unit: u64) -> u64 {
     (n + unit - 1) & !(unit - 1)
+}
+
+/// Sorts ranges, and makes one of those that touch or overlap.
+pub fn join_ranges(ranges: &mut Vec<Range<u64>>) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let touch = next.start <= last.end;
+        if touch {
+            last.end = last.end.max(next.end);
+        }
+        touch
+    });
 }
 
 /// Parses a size in bytes: digits with an optional `K`, `M`, `G`, `T`, `P` (powers of 1024), an optional `iB` or `B`
@@ -107,6 +120,20 @@ pub fn check_name(what: &str, name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_that_touch_or_overlap_are_one() {
+        for (ranges, joined) in [
+            (vec![], vec![]),
+            (vec![5..6, 0..2], vec![0..2, 5..6]),
+            (vec![2..4, 0..2, 9..10], vec![0..4, 9..10]),
+            (vec![0..9, 1..3, 8..12, 20..21], vec![0..12, 20..21]),
+        ] {
+            let mut ranges = ranges;
+            join_ranges(&mut ranges);
+            assert_eq!(ranges, joined);
+        }
+    }
 
     #[test]
     fn sizes_parse_with_and_without_units() {

@@ -11,6 +11,8 @@ mod rig;
 mod batches;
 #[path = "bitmaps/faults.rs"]
 mod faults;
+#[path = "bitmaps/frozen.rs"]
+mod frozen;
 #[path = "bitmaps/holds.rs"]
 mod holds;
 #[path = "recovery/medium.rs"]
@@ -19,6 +21,8 @@ mod medium;
 mod model;
 #[path = "bitmaps/persistence.rs"]
 mod persistence;
+#[path = "bitmaps/push.rs"]
+mod push;
 #[path = "bitmaps/qemu.rs"]
 mod qemu;
 #[path = "bitmaps/rules.rs"]

@@ -7,6 +7,10 @@
 #[macro_use]
 mod harness;
 
+#[path = "blackbox/backup_chain.rs"]
+mod backup_chain;
+#[path = "blackbox/backups.rs"]
+mod backups;
 #[path = "blackbox/bitmaps.rs"]
 mod bitmaps;
 #[path = "blackbox/compare.rs"]
@@ -25,8 +29,14 @@ mod foreign_deeds;
 mod foreign_devices;
 #[path = "blackbox/formats.rs"]
 mod formats;
+#[path = "blackbox/freeze.rs"]
+mod freeze;
+#[path = "blackbox/freeze_rig.rs"]
+mod freeze_rig;
 #[path = "blackbox/fsx.rs"]
 mod fsx;
+#[path = "blackbox/increments.rs"]
+mod increments;
 #[path = "blackbox/kill_rounds.rs"]
 mod kill_rounds;
 #[path = "blackbox/live.rs"]
@@ -37,10 +47,14 @@ mod load;
 mod locks;
 #[path = "blackbox/loops.rs"]
 mod loops;
+#[path = "blackbox/map_readers.rs"]
+mod map_readers;
 #[path = "blackbox/maps.rs"]
 mod maps;
 #[path = "blackbox/mounting.rs"]
 mod mounting;
+#[path = "blackbox/older_copies.rs"]
+mod older_copies;
 #[path = "blackbox/pace.rs"]
 mod pace;
 #[path = "blackbox/paths.rs"]
@@ -49,6 +63,8 @@ mod paths;
 mod power_loss;
 #[path = "blackbox/probing.rs"]
 mod probing;
+#[path = "blackbox/push.rs"]
+mod push;
 #[path = "blackbox/qcow2.rs"]
 mod qcow2;
 #[path = "blackbox/qcow2_bitmaps.rs"]
@@ -61,6 +77,12 @@ mod qcow2_matrix;
 mod qmp;
 #[path = "blackbox/qmp_peer.rs"]
 mod qmp_peer;
+#[path = "blackbox/recipes.rs"]
+mod recipes;
+#[path = "blackbox/run.rs"]
+mod run;
+#[path = "blackbox/skip.rs"]
+mod skip;
 #[path = "blackbox/snapshots.rs"]
 mod snapshots;
 #[path = "blackbox/sparse.rs"]
@@ -69,3 +91,5 @@ mod sparse;
 mod stress;
 #[path = "blackbox/tree.rs"]
 mod tree;
+#[path = "blackbox/volumes.rs"]
+mod volumes;

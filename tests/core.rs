@@ -15,7 +15,11 @@ mod limits;
 mod pace;
 #[path = "core/release.rs"]
 mod release;
+#[path = "core/skip.rs"]
+mod skip;
 #[path = "core/tracking.rs"]
 mod tracking;
 #[path = "core/views.rs"]
 mod views;
+#[path = "core/volumes.rs"]
+mod volumes;

@@ -103,6 +103,11 @@ fn tables() {
 }
 
 #[test]
+fn volumes() {
+    fuzz("volumes", Target::Volumes, 4_000);
+}
+
+#[test]
 fn image() {
     fuzz("image", Target::Image, 600);
 }

@@ -6,6 +6,8 @@
 mod build;
 #[path = "qcow2/chains.rs"]
 mod chains;
+#[path = "qcow2/creating.rs"]
+mod creating;
 #[path = "qcow2/differential.rs"]
 mod differential;
 #[path = "qcow2/flips.rs"]

@@ -4,6 +4,8 @@
 mod bitmaps;
 #[path = "qmp/jobs.rs"]
 mod jobs;
+#[path = "qmp/push.rs"]
+mod push;
 
 use fleecefs::backup::jobs::Jobs;
 use fleecefs::error::Result;
@@ -27,7 +29,7 @@ struct TestHost {
 }
 
 impl Host for TestHost {
-    fn fleece(&self) -> &Fleece {
+    fn fleece(&self) -> &Arc<Fleece> {
         &self.fleece
     }
     fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>> {
@@ -36,11 +38,14 @@ impl Host for TestHost {
     fn apply(&self, actions: &[Action]) -> std::result::Result<Applied, Refused> {
         self.fleece.apply(actions)
     }
-    fn jobs(&self) -> &Jobs {
+    fn jobs(&self) -> &Arc<Jobs> {
         &self.jobs
     }
     fn nodes(&self) -> &Nodes {
         &self.nodes
+    }
+    fn check_image(&self, _: &DiskSpec) -> Result<()> {
+        Ok(())
     }
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>> {
         self.fleece.add_disk(spec)
@@ -204,6 +209,10 @@ fn wrong_input_gets_qemus_texts_and_costs_nothing() {
         ),
         (r#"{"execute":"fleecefs-snapshot-create","arguments":{"name":"s","zoo":1}}"#, "Parameter 'zoo' is unexpected"),
         (
+            r#"{"execute":"fleecefs-snapshot-create","arguments":{"name":"s","skip":["swap","tmp"]}}"#,
+            "Parameter 'skip' does not accept value 'tmp'",
+        ),
+        (
             r#"{"execute":"fleecefs-disk-resize","arguments":{"name":"vda","size":-1}}"#,
             "Parameter 'size' expects uint64",
         ),
@@ -280,6 +289,8 @@ fn every_command_is_listed() {
         "quit",
         "fleecefs-snapshot-create",
         "fleecefs-snapshot-complete",
+        "fleecefs-snapshot-annotate",
+        "fleecefs-consumer-lock",
         "fleecefs-snapshot-cancel",
         "fleecefs-snapshot-release",
         "fleecefs-snapshot-list",
@@ -478,4 +489,52 @@ fn a_failed_quit_ends_nothing() {
     c.ask(r#"{"execute":"quit","arguments":{"now":true}}"#);
     assert_eq!(c.ask(r#"{"execute":"query-status"}"#)["return"]["running"], true);
     assert!(f.quits.try_recv().is_err());
+}
+
+#[test]
+fn what_its_maker_says_of_a_snapshot_stands_in_the_manifest() {
+    let f = Fixture::new();
+    let mut c = f.client();
+    let pre = json!({ "command": "h", "phase": "pre", "exit": 0, "ms": 3 });
+    let made = c.execute("fleecefs-snapshot-create", json!({ "name": "s", "hooks": [pre] })).unwrap();
+    assert_eq!((&made["consistency"], &made["hooks"]), (&json!("crash"), &json!([pre])));
+    let thaw = json!({ "command": "qga:/s", "phase": "thaw", "exit": 1, "ms": 4, "error": "e" });
+    let notes = json!({ "name": "s", "consistency": "filesystem", "hooks": [pre, thaw] });
+    let noted = c.execute("fleecefs-snapshot-annotate", notes).unwrap();
+    assert_eq!((&noted["consistency"], &noted["hooks"]), (&json!("filesystem"), &json!([pre, thaw])));
+    assert_eq!(f.fleece.snapshot("s").unwrap().manifest(), noted);
+    let infos = c.execute("fleecefs-snapshot-list", json!({})).unwrap();
+    assert_eq!(infos[0]["consistency"], "filesystem");
+    for (arguments, text) in [
+        (json!({ "name": "none" }), "no such snapshot"),
+        (json!({ "name": "s", "consistency": "x" }), "Parameter 'consistency' does not accept value 'x'"),
+        (json!({ "name": "s", "hooks": [{}] }), "Parameter 'hooks[0].command' is missing"),
+        (json!({ "name": "s", "hooks": vec![pre.clone(); 65] }), "at most 64 entries"),
+        (
+            json!({ "name": "s", "hooks": [{ "command": "x".repeat(20000), "phase": "pre", "exit": 0, "ms": 0 }] }),
+            "bytes of text",
+        ),
+    ] {
+        let e = c.execute("fleecefs-snapshot-annotate", arguments).unwrap_err();
+        assert!(e.to_string().contains(text), "{e}");
+    }
+    assert_eq!(f.fleece.snapshot("s").unwrap().manifest(), noted);
+    c.execute("fleecefs-snapshot-cancel", json!({ "name": "s" })).unwrap();
+}
+
+#[test]
+fn a_consumer_is_locked_as_long_as_its_connection_lives() {
+    let f = Fixture::new();
+    let (mut first, mut second) = (f.client(), f.client());
+    first.execute("fleecefs-consumer-lock", json!({ "name": "c" })).unwrap();
+    let e = second.execute("fleecefs-consumer-lock", json!({ "name": "c" })).unwrap_err();
+    assert!(e.to_string().contains("at work") && e.errno() == fleecefs::error::errno::EBUSY, "{e}");
+    assert!(first.execute("fleecefs-consumer-lock", json!({ "name": "c" })).is_err());
+    second.execute("fleecefs-consumer-lock", json!({ "name": "d" })).unwrap();
+    drop(first);
+    let begun = std::time::Instant::now();
+    while second.execute("fleecefs-consumer-lock", json!({ "name": "c" })).is_err() {
+        assert!(begun.elapsed() < NEVER);
+    }
+    assert!(second.execute("fleecefs-consumer-lock", json!({ "name": "a/b" })).is_err());
 }

@@ -11,7 +11,7 @@ const LAYERS: [&[&str]; 8] = [
     &["units", "error", "sync"],
     &["storage"],
     &["bitmap"],
-    &["image"],
+    &["image", "volume"],
     &["fleece"],
     &["backup"],
     &["fuse", "qmp"],
@@ -66,6 +66,26 @@ fn each_module_of_the_crate_has_a_layer() {
         let name = line.trim_end_matches(';');
         assert!(row_of(name).is_some(), "src/lib.rs: module {name} is in no row of LAYERS");
     }
+}
+
+#[test]
+fn each_test_that_the_table_of_tools_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let is_test = |path: &&PathBuf| path.starts_with(root.join("tests/blackbox"));
+    let tests: String = files(root).iter().filter(is_test).map(|path| fs::read_to_string(path).unwrap()).collect();
+    let table = fs::read_to_string(root.join("doc/tools.md")).unwrap();
+    // A name in backticks; one that ends in dots is the beginning of a longer one.
+    let named = table.split('`').skip(1).step_by(2).filter(|code| code.matches('_').count() > 2 || code.ends_with('…'));
+    let mut count = 0;
+    for name in named.filter(|code| code.chars().all(|c| c.is_ascii_alphanumeric() || "_…".contains(c))) {
+        let head = match name.strip_suffix('…') {
+            Some(beginning) => format!("fn {beginning}"),
+            None => format!("fn {name}("),
+        };
+        assert!(tests.contains(&head), "doc/tools.md names no test: {name}");
+        count += 1;
+    }
+    assert!(count > 25, "{count} names of tests in doc/tools.md");
 }
 
 /// Text files of the project, in order of their paths.

@@ -1,4 +1,4 @@
-//! Fuzz targets of the qcow2 driver: ordinary functions of bytes that panic where something is wrong.
+//! Fuzz targets of the qcow2 driver and of what guests write into disks: ordinary functions of bytes that panic where something is wrong.
 //!
 //! They are built twice from here: by the binaries of this crate, which libFuzzer drives with coverage guidance
 //! (`contrib/fuzz`), and by `tests/fuzz_corpus.rs` of the main crate, which replays the seeds and mutations of them on
@@ -9,6 +9,7 @@
 //! | [`header`] | length of the file (8 bytes), first cluster | what is accepted keeps every rule and says all that stands there |
 //! | [`tables`] | kind (1 byte), geometry (1 byte), bytes of that kind | the same for entries of every table, and compressed streams |
 //! | [`image`] | [`input`]: a sparse file, and operations on it | see the head of the module |
+//! | [`volumes`] | [`input`] | volumes lie inside of their disks, tables of any bytes are scanned in bounded time and memory |
 //!
 //! [`limits`] holds for all: no panic, no unbounded work, no allocation beyond what the driver documents.
 
@@ -20,6 +21,7 @@ pub mod meter;
 pub mod model;
 pub mod mutation;
 pub mod tables;
+pub mod volumes;
 
 pub use mutation::mutate;
 
@@ -32,6 +34,8 @@ pub enum Target {
     Tables,
     /// A whole image.
     Image,
+    /// Disks with tables.
+    Volumes,
 }
 
 /// Runs a target on an input. Panics where it finds something.
@@ -40,5 +44,6 @@ pub fn run(target: Target, input: &[u8]) {
         Target::Header => header::run(input),
         Target::Tables => tables::run(input),
         Target::Image => image::run(input),
+        Target::Volumes => volumes::run(input),
     });
 }

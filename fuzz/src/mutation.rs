@@ -168,6 +168,22 @@ fn change_image(random: &mut Random, input: &mut Input) {
     }
 }
 
+/// Puts an interesting number, low byte first, somewhere in a run; or another digit into a text.
+fn change_little(random: &mut Random, input: &mut Input) {
+    let run = random.below(input.runs.len());
+    let Some((_, data)) = input.runs.get_mut(run) else { return };
+    let len = [1, 2, 4, 8][random.below(4)];
+    let at = random.below(data.len() / len) * len;
+    let is_text = data.get(at).is_some_and(|byte| byte.is_ascii_digit());
+    let Some(field) = data.get_mut(at..at + len) else { return };
+    if is_text && random.below(4) > 0 {
+        field[0] = b"0123456789[]{}\"/-#"[random.below(18)];
+        return;
+    }
+    let old = field.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+    field.copy_from_slice(&interesting(random, old).to_le_bytes()[..len]);
+}
+
 /// A mutation of `input` for `target`, the same for the same seed.
 pub fn mutate(target: Target, input: &[u8], seed: u64) -> Vec<u8> {
     let random = &mut Random::new(seed);
@@ -185,6 +201,15 @@ pub fn mutate(target: Target, input: &[u8], seed: u64) -> Vec<u8> {
                 change_image(random, &mut image);
                 bytes = image.encode();
             }
+            Target::Volumes => {
+                let mut image = Input::decode(&bytes);
+                if random.one_in(4) {
+                    change_image(random, &mut image);
+                } else {
+                    change_little(random, &mut image);
+                }
+                bytes = image.encode();
+            }
         }
     }
     bytes
@@ -193,7 +218,7 @@ pub fn mutate(target: Target, input: &[u8], seed: u64) -> Vec<u8> {
 /// A new input of parts of two others.
 pub fn splice(target: Target, one: &[u8], other: &[u8], seed: u64) -> Vec<u8> {
     let random = &mut Random::new(seed);
-    if target == Target::Image {
+    if matches!(target, Target::Image | Target::Volumes) {
         let (mut first, second) = (Input::decode(one), Input::decode(other));
         first.runs.extend(second.runs.into_iter().filter(|_| random.one_in(3)));
         first.ops.extend(second.ops);

@@ -110,7 +110,7 @@ impl MapFormat {
                 "{{\"block_metadata_type\":\"VARIABLE_LENGTH\",\"volume_capacity_bytes\":{size},\"block_metadata\":["
             ),
             MapFormat::Borg => format!("# fleecefs dirty map 1\n{}", identity(meta, size)),
-            MapFormat::Bmap => bmap_head(size, totals),
+            MapFormat::Bmap => bmap_head(meta, size, totals),
             MapFormat::Ddrescue => format!(
                 "# Mapfile. '+' changed, '?' did not.\n{}\
                  # current_pos  current_status  current_pass\n0x00000000     +               1\n\
@@ -150,7 +150,11 @@ impl MapFormat {
                 });
             }
             MapFormat::Rbd => {
-                line.separate(first).put(b"{\"offset\":").number(start).put(b",\"length\":").number(length);
+                // All in one line, as `rbd` prints it: Benji has read no more than that.
+                if !first {
+                    line.put(b",");
+                }
+                line.put(b"{\"offset\":").number(start).put(b",\"length\":").number(length);
                 if run.zero {
                     line.put(b",\"exists\":\"false\"}")
                 } else {
@@ -266,12 +270,24 @@ fn text_width(size: u64) -> usize {
     (size.checked_ilog10().unwrap_or(0) as usize + 1).max("LENGTH".len())
 }
 
+/// [`identity`] as lines of an XML comment, which may hold neither `--` nor two characters of Unicode.
+fn xml_identity(meta: &MapMeta, size: u64) -> String {
+    let mut text = String::new();
+    for line in identity(meta, size).lines() {
+        text += &format!("     {}\n", line.strip_prefix("# ").unwrap_or(line));
+    }
+    while text.contains("--") {
+        text = text.replace("--", "- -");
+    }
+    text.replace(['\u{fffe}', '\u{ffff}'], "?")
+}
+
 /// bmap 2.0. The checksum is that of the whole file with zeros in its own place ([`bmap_checksum_place`]). Range
 /// checksums are optional and left out: they would need every changed byte.
-fn bmap_head(size: u64, totals: &Totals) -> String {
+fn bmap_head(meta: &MapMeta, size: u64, totals: &Totals) -> String {
     format!(
         "<?xml version=\"1.0\" ?>\n\
-         <!-- The blocks that changed, zeroed ones included. -->\n\
+         <!-- The blocks that changed, zeroed ones included.\n{}-->\n\
          <bmap version=\"2.0\">\n\
          \x20   <ImageSize> {size} </ImageSize>\n\
          \x20   <BlockSize> {BMAP_BLOCK} </BlockSize>\n\
@@ -280,6 +296,7 @@ fn bmap_head(size: u64, totals: &Totals) -> String {
          \x20   <ChecksumType> sha256 </ChecksumType>\n\
          {BMAP_CHECKSUM_TAG}{} </BmapFileChecksum>\n\
          \x20   <BlockMap>\n",
+        xml_identity(meta, size),
         size.div_ceil(BMAP_BLOCK),
         totals.dirty / BMAP_BLOCK,
         "0".repeat(SHA256_DIGITS),
@@ -290,7 +307,8 @@ const BMAP_CHECKSUM_TAG: &str = "    <BmapFileChecksum> ";
 
 /// Where in the head the checksum stands.
 pub(super) fn bmap_checksum_place(head: &str) -> Option<std::ops::Range<usize>> {
-    let start = head.find(BMAP_CHECKSUM_TAG)? + BMAP_CHECKSUM_TAG.len();
+    // The last one: names in the comment may hold anything.
+    let start = head.rfind(BMAP_CHECKSUM_TAG)? + BMAP_CHECKSUM_TAG.len();
     Some(start..start + SHA256_DIGITS)
 }
 

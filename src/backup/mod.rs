@@ -1,7 +1,9 @@
-//! Maps of a frozen view, in the formats that readers understand.
+//! Maps of a frozen view, in the formats that readers understand; and what is done by them: backups ([`save`], [`chain`])
+//! and their restore, on one engine ([`copy`](mod@copy)), and jobs.
 //!
+//! Maps:
 //! One model ([`Extent`]): sorted runs of bytes that cover the whole disk without gap or overlap, neighbours of equal
-//! state merged. The core supplies it ([`ExtentSource`]); this layer only translates, and depends on neither images
+//! state merged. The core supplies it ([`ExtentSource`]); they only translate it, and depend on neither images
 //! nor stores.
 //!
 //! Invariants:
@@ -11,16 +13,28 @@
 //! - The text is a function of source and [`MapMeta`] alone, and the source is immutable: any piece of it can be made
 //!   again at any time ([`MapFile`]), so that nobody holds the text of a map of millions of extents.
 
+pub mod chain;
+pub mod copy;
+mod extents;
 mod file;
 mod format;
 pub mod jobs;
+mod journal;
+pub mod manifest;
+pub mod push;
+pub mod restore;
+pub mod restore_volume;
 mod runs;
+pub mod save;
 #[cfg(test)]
 mod tests;
 mod view;
+mod volume;
 
+pub use extents::MapSource;
 pub use file::MapFile;
 pub use format::MapFormat;
+pub use volume::VolumeMap;
 
 use crate::error::Result;
 use std::path::PathBuf;
@@ -46,7 +60,8 @@ pub type Extents<'a> = Box<dyn Iterator<Item = Result<Extent>> + 'a>;
 pub trait ExtentSource {
     /// Size of the disk in bytes: where the extents end.
     fn disk_size(&self) -> u64;
-    /// The extents from `offset`, which is 0 or the start of an extent that an earlier walk gave, up to the disk's end.
+    /// The extents up to the disk's end from the one that holds `offset` on: whole, or what of it is behind `offset`. From
+    /// the start of an extent that an earlier walk gave the rest of that walk follows.
     fn extents_from(&self, offset: u64) -> Result<Extents<'_>>;
 }
 

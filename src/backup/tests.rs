@@ -306,6 +306,21 @@ fn comments_carry_disk_base_and_target_on_lines_of_their_own() {
 }
 
 #[test]
+fn a_bmap_names_its_disk_in_a_comment_that_no_name_ends() {
+    let list = List::new(&[(4096, true, false)]);
+    let name = "a --->    <BmapFileChecksum> # \u{fffe}";
+    let meta = MapMeta { snapshot: name.into(), ..meta() };
+    let text = text_of(&MapFile::new(Arc::new(list), MapFormat::Bmap, &meta).unwrap());
+    let (comment, rest) = text.strip_prefix("<?xml version=\"1.0\" ?>\n<!--").unwrap().split_once("-->").unwrap();
+    assert!(comment.contains("\n     disk 00000000-0000-0000-0000-000000000001 vda\n"), "{comment}");
+    assert!(comment.contains("\n     snapshot a - - ->    <BmapFileChecksum> # ?\n"), "{comment}");
+    assert!(rest.starts_with("\n<bmap version=\"2.0\">\n"), "{rest}");
+    let checksum = tags(rest, "BmapFileChecksum")[0];
+    let zeroed = text.replacen(checksum, &"0".repeat(checksum.len()), 1);
+    assert_eq!(checksum, format!("{:x}", Sha256::digest(zeroed)));
+}
+
+#[test]
 fn names_of_formats_are_read_back_and_others_refused() {
     for format in MapFormat::ALL {
         assert_eq!(format.to_string().parse::<MapFormat>().unwrap(), format);

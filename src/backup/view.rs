@@ -73,4 +73,10 @@ impl MapMeta {
             target: view.checkpoint().into(),
         }
     }
+    /// What the heads of the map of one of its volumes say; of a volume over several disks, `map` is that of the disk that
+    /// it is listed under.
+    pub fn of_volume(map: &ViewMap, volume: &str) -> MapMeta {
+        let meta = MapMeta::of(map);
+        MapMeta { disk: format!("{}/{volume}", meta.disk), ..meta }
+    }
 }

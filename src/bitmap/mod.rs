@@ -15,7 +15,7 @@ pub use bits::Bits;
 pub use dirty::DirtyBitmap;
 pub use sidecar::layout::{AREA_MAX_BYTES, INTENT_REGIONS};
 pub use sidecar::{
-    Area, BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, HEARTBEAT_NS, InImage, LayerEntry,
-    Loss, Prepared, PreparedAction, RegionBits, Sidecar, SnapshotEntry, State, Superblock, UserBitmap, UserBitmapState,
-    region_size_for,
+    Area, BitmapEntry, CheckpointEntry, CheckpointState, Consistency, ConsumerEntry, Directory, HEARTBEAT_NS, HookNote,
+    InImage, LayerEntry, Loss, Notes, Prepared, PreparedAction, RegionBits, Sidecar, SkippedEntry, SnapshotEntry,
+    State, Superblock, UserBitmap, UserBitmapState, region_size_for,
 };

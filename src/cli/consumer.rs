@@ -1,13 +1,19 @@
 //! `fleecefs consumer`: readers of changes and the checkpoints that they last finished.
 
-use super::connect::{execute, read_reply};
+use super::connect::{Mount, execute, read_reply};
 use super::output::{Out, Table};
 use super::{Exit, JsonArg};
 use crate::error::Result;
 use clap::{Args, Subcommand};
 use serde::Deserialize;
 use serde_json::json;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 /// Commands of `consumer`.
 #[derive(Debug, Subcommand)]
@@ -58,7 +64,8 @@ pub struct Row {
     pub checkpoint: String,
     /// The checkpoint's identity.
     pub uuid: String,
-    disks: Vec<String>,
+    /// The disks on which it is there.
+    pub disks: Vec<String>,
 }
 
 impl ConsumerCommand {
@@ -75,6 +82,49 @@ impl ConsumerCommand {
             }
         }
         Ok(Exit::Done)
+    }
+}
+
+/// How long the daemon may take to let go of a lock.
+const UNLOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// A consumer is at work: nobody else begins to work for it as long as this value lives, and this process.
+#[derive(Debug)]
+pub struct ConsumerLock {
+    connection: UnixStream,
+    ended: Arc<AtomicBool>,
+    closed: Receiver<()>,
+}
+
+impl Drop for ConsumerLock {
+    /// Returns when the daemon has let go: who comes next must not be refused.
+    fn drop(&mut self) {
+        if self.connection.shutdown(Shutdown::Write).is_ok() {
+            let _ = self.closed.recv_timeout(UNLOCK_LIMIT);
+        }
+    }
+}
+
+impl ConsumerLock {
+    /// EBUSY where somebody works for that consumer already.
+    pub fn take(mount: &Mount, consumer: &str) -> Result<ConsumerLock> {
+        let mut client = mount.client()?;
+        client.execute("fleecefs-consumer-lock", json!({ "name": consumer }))?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let (told, connection) = (ended.clone(), client.handle()?);
+        let (closing, closed) = channel();
+        // The lock is the connection's. Who does not read its events loses it.
+        std::thread::spawn(move || {
+            let _ = client.wait_event("FLEECEFS_CLOSED");
+            told.store(true, Ordering::SeqCst);
+            let _ = closing.send(());
+        });
+        Ok(ConsumerLock { connection, ended, closed })
+    }
+
+    /// Whether the daemon has ended since; another one may serve the mount by now.
+    pub fn daemon_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 }
 

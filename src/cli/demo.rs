@@ -2,8 +2,9 @@
 //!
 //! A full copy of a first frozen view, then only the changes of a second one on top, each compared with its view by
 //! SHA-256. For that the view is read by another program (`sha256sum` where there is one) before the copy is made,
-//! and once more when the guest has long written over what it shows. Everything lies in one directory, which goes with
-//! the mount whatever happens, Ctrl-C included.
+//! and once more when the guest has long written over what it shows. Then the same by `fleecefs backup`, and, once the
+//! guest has stopped, its disk as it was by `fleecefs restore --changed-only`. Everything lies in one directory, which goes
+//! with the mount whatever happens, Ctrl-C included.
 
 mod disk;
 mod guest;
@@ -16,6 +17,7 @@ use crate::error::{Error, Result, errno};
 use crate::storage::process;
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -129,30 +131,38 @@ impl Place {
         self.dir.join("copy.raw")
     }
 
-    /// Runs this very program.
-    fn fleecefs(&self, words: &[&str], path: &Path) -> Result<()> {
+    fn point(&self) -> PathBuf {
+        self.dir.join("point.raw")
+    }
+
+    fn backup(&self) -> PathBuf {
+        self.dir.join("backup")
+    }
+
+    /// Runs this very program; gives what it prints.
+    fn fleecefs(&self, words: &[&dyn AsRef<OsStr>]) -> Result<String> {
         let program = std::env::current_exe().map_err(|e| Error::io("find this program", e))?;
+        let what = || format!("fleecefs {}", words.first().map_or("".into(), |word| word.as_ref().to_string_lossy()));
         let output = Command::new(program)
-            .args(words)
-            .arg(path)
+            .args(words.iter().map(|word| word.as_ref()))
             .stdin(Stdio::null())
             .output()
-            .map_err(|e| Error::io(format!("fleecefs {}", words.join(" ")), e))?;
+            .map_err(|e| Error::io(what(), e))?;
         if output.status.success() {
-            return Ok(());
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         let text = String::from_utf8_lossy(&output.stderr);
-        Err(Error::new(errno::EIO, format!("fleecefs {}", words.join(" ")), text.trim().to_owned()))
+        Err(Error::new(errno::EIO, what(), text.trim().to_owned()))
     }
 
     fn umount(&self) -> Result<()> {
-        self.fleecefs(&["umount"], &self.mnt())
+        self.fleecefs(&[&"umount", &self.mnt()]).map(drop)
     }
 
     /// Unmounts where that is still to be done, and removes everything.
     fn remove(&self) -> Result<()> {
         if self.mnt().join("status.json").exists() {
-            self.umount().or_else(|_| self.fleecefs(&["umount", "--lazy"], &self.mnt()))?;
+            self.umount().or_else(|_| self.fleecefs(&[&"umount", &"--lazy", &self.mnt()]).map(drop))?;
         }
         fs::remove_dir_all(&self.dir).map_err(|e| Error::io("remove", e).at_path(&self.dir))?;
         self.removed.store(true, Ordering::Relaxed);

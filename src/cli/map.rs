@@ -7,11 +7,11 @@
 use super::Exit;
 use super::connect::{Mount, read_reply};
 use super::consumer;
-use super::extents::MapSource;
 use super::output::{Out, complain, printable};
 use super::snapshot::{manifest, read_failed};
-use crate::backup::{MapFile, MapFormat, MapMeta, MapPoint, Totals};
+use crate::backup::{MapFile, MapFormat, MapMeta, MapPoint, MapSource, Totals, VolumeMap};
 use crate::error::{Error, Result, errno};
+use crate::fleece::DiskContent;
 use crate::units::{check_disk_name, check_name, human_size};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -32,6 +32,9 @@ pub struct MapArgs {
     /// The point to count from [default: the snapshot's reference point]
     #[arg(long, value_name = "CHECKPOINT|@CONSUMER")]
     since: Option<String>,
+    /// The map of one volume of the disk, with offsets from the volume's start
+    #[arg(long, value_name = "VOLUME")]
+    volume: Option<String>,
     /// The format
     #[arg(long, value_name = "FORMAT", value_parser = format_parser(), default_value = "text")]
     output: MapFormat,
@@ -62,19 +65,22 @@ struct Manifest {
     disks: Vec<ManifestDisk>,
 }
 
+/// A disk in the manifest of a snapshot.
 #[derive(Deserialize)]
-struct ManifestDisk {
-    name: String,
-    image: PathBuf,
-    size: u64,
+pub(super) struct ManifestDisk {
+    pub(super) name: String,
+    pub(super) image: PathBuf,
+    pub(super) size: u64,
     checkpoint: PointRow,
     reference: Option<PointRow>,
     full_reason: Option<String>,
+    #[serde(flatten)]
+    holds: DiskContent,
 }
 
-/// What the map needs of `status.json`.
+/// What maps need of `status.json`.
 #[derive(Deserialize)]
-struct Status {
+pub(super) struct Status {
     disks: Vec<StatusDisk>,
     checkpoints: Vec<Checkpoint>,
     consumers: Vec<consumer::Row>,
@@ -101,13 +107,40 @@ struct CheckpointDisk {
 
 /// Where the extents come from and from which point they count.
 #[derive(Debug)]
-struct Base {
-    path: PathBuf,
+pub(super) struct Base {
+    /// The map.
+    pub(super) path: PathBuf,
     point: Option<MapPoint>,
     /// Why everything counts as changed.
-    full_reason: Option<String>,
+    pub(super) full_reason: Option<String>,
     /// The file counts from some other point: only its zeros are of use.
-    everything: bool,
+    pub(super) everything: bool,
+}
+
+impl Base {
+    /// All of the disk, whatever changed.
+    pub(super) fn everything(disk: &ManifestDisk, dir: &Path, full_reason: Option<String>) -> Base {
+        Base { path: dir.join(format!("{}.map", disk.name)), point: None, full_reason, everything: true }
+    }
+
+    /// What the head of the map says.
+    pub(super) fn meta(&self, status: &Status, disk: &ManifestDisk, snapshot: &str) -> MapMeta {
+        MapMeta {
+            disk: disk.name.clone(),
+            disk_uuid: status.disk_uuid(&disk.name).unwrap_or(Uuid::nil()),
+            image: disk.image.clone(),
+            snapshot: snapshot.to_owned(),
+            base: self.point.clone(),
+            full_reason: self.full_reason.clone(),
+            target: status.point(&disk.checkpoint),
+        }
+    }
+}
+
+/// Where the extents come from.
+enum Source {
+    Disk(MapSource),
+    Volume(VolumeMap<MapSource>),
 }
 
 impl MapArgs {
@@ -122,20 +155,23 @@ impl MapArgs {
                 .hint("`fleecefs snapshot show` lists its disks")
         })?;
         let dir = mount.path.join("snapshots").join(&manifest.name);
-        let base = match &self.since {
-            None => reference(&status, disk, &dir),
-            Some(since) => since_point(&status, disk, &dir, since)?,
+        let base_of = |disk: &ManifestDisk| match &self.since {
+            None => Ok(reference(&status, disk, &dir)),
+            Some(since) => since_point(&status, disk, &dir, since),
         };
-        let source = MapSource::new(&base.path, disk.size, base.everything);
-        let meta = MapMeta {
-            disk: disk.name.clone(),
-            disk_uuid: status.disks.iter().find(|d| d.name == disk.name).map_or(Uuid::nil(), |d| d.uuid),
-            image: disk.image.clone(),
-            snapshot: manifest.name.clone(),
-            base: base.point,
-            full_reason: base.full_reason.clone(),
-            target: status.point(&disk.checkpoint),
+        let mut base = base_of(disk)?;
+        let source = match &self.volume {
+            None => Source::Disk(MapSource::new(&base.path, disk.size, base.everything)),
+            Some(name) => {
+                let (map, full_reason) = volume_map(&manifest, disk, name, base_of)?;
+                base.full_reason = full_reason;
+                Source::Volume(map)
+            }
         };
+        let mut meta = base.meta(&status, disk, &manifest.name);
+        if let Some(volume) = &self.volume {
+            meta.disk = format!("{}/{volume}", meta.disk);
+        }
         self.print(source, &meta)?;
         let Some(reason) = &base.full_reason else { return Ok(Exit::Done) };
         if self.since.is_none() && disk.reference.is_none() {
@@ -147,21 +183,24 @@ impl MapArgs {
         Ok(Exit::Full)
     }
 
-    fn print(&self, source: MapSource, meta: &MapMeta) -> Result<()> {
+    fn print(&self, source: Source, meta: &MapMeta) -> Result<()> {
         let mut out = Out::new();
         if !self.totals {
             let format = if self.json { MapFormat::Json } else { self.output };
-            return if format == MapFormat::Json && source.is_the_file() {
-                source.copy_to(&mut out)
-            } else {
-                MapFile::write_once(Arc::new(source), format, meta, &mut out)
+            return match source {
+                Source::Disk(map) if format == MapFormat::Json && map.is_the_file() => map.copy_to(&mut out),
+                Source::Disk(map) => MapFile::write_once(Arc::new(map), format, meta, &mut out),
+                Source::Volume(map) => MapFile::write_once(Arc::new(map), format, meta, &mut out),
             };
         }
         if !matches!(self.output, MapFormat::Text | MapFormat::Json) {
             let why = format!("there are no sums in format '{}'", self.output.name());
             return Err(Error::new(errno::EINVAL, "--totals", why).hint("use --output text or --output json"));
         }
-        let totals = Totals::of(&source)?;
+        let totals = match &source {
+            Source::Disk(map) => Totals::of(map)?,
+            Source::Volume(map) => Totals::of(map)?,
+        };
         if self.json || self.output == MapFormat::Json {
             return out.json(&totals);
         }
@@ -174,6 +213,45 @@ impl MapArgs {
 }
 
 impl Status {
+    /// The identity of a disk; None: there is no such disk.
+    pub(super) fn disk_uuid(&self, disk: &str) -> Option<Uuid> {
+        self.disks.iter().find(|row| row.name == disk).map(|row| row.uuid)
+    }
+
+    /// The identities of all disks.
+    pub(super) fn disk_uuids(&self) -> Vec<Uuid> {
+        self.disks.iter().map(|row| row.uuid).collect()
+    }
+
+    /// Whether there is a disk of this identity.
+    pub(super) fn has_disk(&self, uuid: Uuid) -> bool {
+        self.disks.iter().any(|row| row.uuid == uuid)
+    }
+
+    /// Whether a checkpoint has this name.
+    pub(super) fn has_checkpoint(&self, name: &str) -> bool {
+        self.checkpoints.iter().any(|checkpoint| checkpoint.name == name)
+    }
+
+    /// The name of a disk's checkpoint; None: it is not known (any more).
+    pub(super) fn checkpoint_name(&self, disk: &str, uuid: Uuid) -> Option<String> {
+        let checkpoint = self.checkpoints.iter().find(|checkpoint| checkpoint.uuid == uuid)?;
+        checkpoint.disks.iter().any(|row| row.disk == disk).then(|| checkpoint.name.clone())
+    }
+
+    /// Where a consumer is on a disk, by name and identity, or why nobody knows.
+    pub(super) fn consumer_of(&self, consumer: &str, disk: &str) -> std::result::Result<(String, Uuid), String> {
+        let mut rows = self.consumers.iter().filter(|row| row.name == consumer).peekable();
+        if rows.peek().is_none() {
+            return Err(format!("consumer '{consumer}' has finished no checkpoint"));
+        }
+        let row = rows.find(|row| row.disks.iter().any(|name| name == disk));
+        let row = row
+            .ok_or_else(|| format!("consumer '{consumer}' has finished no checkpoint of this disk, only of others"))?;
+        let uuid = row.uuid.parse().map_err(|_| format!("consumer '{consumer}': '{}' is no UUID", row.uuid))?;
+        Ok((row.checkpoint.clone(), uuid))
+    }
+
     /// A point with its identity. A name stands for one checkpoint, on all disks.
     fn point(&self, row: &PointRow) -> MapPoint {
         match row {
@@ -197,6 +275,32 @@ impl Status {
     }
 }
 
+/// The map of a volume from those of the disks that it lies on, and why everything counts as changed on one of them.
+fn volume_map(
+    manifest: &Manifest,
+    disk: &ManifestDisk,
+    name: &str,
+    base_of: impl Fn(&ManifestDisk) -> Result<Base>,
+) -> Result<(VolumeMap<MapSource>, Option<String>)> {
+    let info = disk.holds.volumes.iter().find(|volume| volume.name == name).ok_or_else(|| {
+        let names: Vec<&str> = disk.holds.volumes.iter().map(|volume| volume.name.as_str()).collect();
+        let hint = if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) };
+        Error::new(errno::ENOENT, format!("volume '{}' of disk '{}'", printable(name), disk.name), "no such volume")
+            .hint(printable(&hint))
+    })?;
+    let (volume, disks) = info.volume(&disk.name);
+    let mut full_reason = None;
+    let map_of = |name: &String| {
+        let unknown = || Error::new(errno::EIO, format!("disk '{name}'"), "not in the manifest");
+        let disk = manifest.disks.iter().find(|disk| disk.name == *name).ok_or_else(unknown)?;
+        let base = base_of(disk)?;
+        full_reason = full_reason.take().or(base.full_reason);
+        Ok(Some(Arc::new(MapSource::new(&base.path, disk.size, base.everything))))
+    };
+    let maps = disks.iter().map(map_of).collect::<Result<_>>()?;
+    Ok((VolumeMap::new(volume, maps), full_reason))
+}
+
 /// The map since the reference point.
 fn reference(status: &Status, disk: &ManifestDisk, dir: &Path) -> Base {
     let point = disk.reference.as_ref().map(|row| status.point(row));
@@ -207,6 +311,13 @@ fn reference(status: &Status, disk: &ManifestDisk, dir: &Path) -> Base {
         full_reason: disk.full_reason.clone().or(unknown),
         everything: false,
     }
+}
+
+/// The map since the checkpoint of this identity; None: it is not known (any more).
+pub(super) fn since_uuid(status: &Status, disk: &ManifestDisk, dir: &Path, uuid: Uuid) -> Result<Option<Base>> {
+    let Some(name) = status.checkpoint_name(&disk.name, uuid) else { return Ok(None) };
+    let base = since_point(status, disk, dir, &name)?;
+    Ok(base.point.as_ref().is_some_and(|point| point.uuid == uuid).then_some(base))
 }
 
 /// The map since a checkpoint, or since the one that a consumer points at; without it, the full map.

@@ -2,8 +2,9 @@
 //! `mount` hands a checked plan to the daemon.
 //!
 //! Exit codes: 0 done; 1 differs or not found, or problems exist (`status`); 2 error; 3 done, but a full map where
-//! changes were asked for.
+//! changes were asked for. `run` ends as its command did, and with 125 where it failed itself.
 
+mod backup;
 mod bitmap;
 mod check;
 mod checkpoint;
@@ -11,12 +12,16 @@ mod connect;
 mod consumer;
 mod demo;
 mod disk;
-mod extents;
+mod freeze;
 mod info;
 mod local;
+mod manual;
 mod map;
 mod mount;
 mod output;
+mod progress;
+mod restore;
+mod run;
 mod snapshot;
 mod spec;
 mod status;
@@ -58,12 +63,23 @@ enum Command {
     /// Dirty bitmaps, as QEMU's
     #[command(subcommand)]
     Bitmap(bitmap::BitmapCommand),
+    /// Add a point to a backup: all of the disks, or what changed
+    Backup(Box<backup::BackupArgs>),
+    /// Bring back what a disk held at a point of a backup; exit code 1 where --verify finds a difference
+    Restore(restore::RestoreArgs),
     /// Print what changed on a disk of a snapshot
     Map(map::MapArgs),
+    /// Take a snapshot, run a command on it, and move a consumer where the command ends with 0
+    Run(run::RunArgs),
     /// Check a qcow2 image, and repair it; exit code 1 where faults are left
     Check(check::CheckArgs),
     /// Show what an image is and holds: sizes, snapshots, bitmaps
     Info(info::InfoArgs),
+    /// Print completions of a shell
+    Completions(manual::CompletionsArgs),
+    /// Write the man pages to a directory
+    #[command(hide = true)]
+    ManPages(manual::ManPagesArgs),
     /// Show what fleecefs does, on a disk of its own, in some seconds
     Demo(demo::DemoArgs),
 }
@@ -82,7 +98,12 @@ enum Exit {
     Done,
     Differs,
     Full,
+    /// What the command of `run` ended with.
+    Code(u8),
 }
+
+/// Exit code of `run` where it failed itself, as of env(1) and timeout(1).
+const RUN_FAILED: u8 = 125;
 
 impl Command {
     fn run(&self) -> Result<Exit> {
@@ -95,9 +116,14 @@ impl Command {
             Command::Checkpoint(command) => command.run(),
             Command::Consumer(command) => command.run(),
             Command::Bitmap(command) => command.run(),
+            Command::Backup(args) => args.run(),
+            Command::Restore(args) => args.run(),
             Command::Map(args) => args.run(),
+            Command::Run(args) => args.run(),
             Command::Check(args) => args.run(),
             Command::Info(args) => args.run(),
+            Command::Completions(args) => args.run(),
+            Command::ManPages(args) => args.run(),
             Command::Demo(args) => args.run(),
         }
     }
@@ -109,7 +135,10 @@ impl Command {
             Command::Mount(_)
                 | Command::Umount(_)
                 | Command::Demo(_)
+                | Command::ManPages(_)
                 | Command::Disk(disk::DiskCommand::Add(_))
+                | Command::Backup(_)
+                | Command::Restore(_)
                 | Command::Check(_)
                 | Command::Info(_)
         )
@@ -118,12 +147,16 @@ impl Command {
 
 /// Parses, runs, reports.
 pub fn main() -> ExitCode {
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    if first == freeze::GUARD_ROLE {
+        return freeze::guard_main();
+    }
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(e) if e.use_stderr() => {
             let text = e.render().to_string();
             output::complain(&format!("fleecefs: usage: {}", text.strip_prefix("error: ").unwrap_or(&text).trim_end()));
-            return ExitCode::from(2);
+            return ExitCode::from(if first == "run" { RUN_FAILED } else { 2 });
         }
         Err(e) => e.exit(),
     };
@@ -131,8 +164,12 @@ pub fn main() -> ExitCode {
         Ok(Exit::Done) => ExitCode::SUCCESS,
         Ok(Exit::Differs) => ExitCode::from(1),
         Ok(Exit::Full) => ExitCode::from(3),
+        Ok(Exit::Code(code)) => ExitCode::from(code),
         Err(e) => {
             output::complain(&explain(&e));
+            if matches!(command, Command::Run(_)) {
+                return ExitCode::from(RUN_FAILED);
+            }
             ExitCode::from(if e.errno() == errno::ENOENT && command.looks_up() { 1 } else { 2 })
         }
     }
@@ -178,8 +215,18 @@ mod tests {
             "bitmap disable /mnt a b",
             "bitmap merge /mnt a b c d -b e",
             "bitmap list /mnt a --json",
+            "snapshot create /mnt s --freeze qga:/s --freeze libvirt:d --hook h --on-freeze-error continue --freeze-timeout 5",
+            "run /mnt --consumer c --disk a --name s --freeze qga:/s --hook h -- cmd -x {snapshot} {map}",
             "map /mnt s a --since c --output borg",
             "map /mnt s a --totals --json",
+            "completions bash",
+            "man-pages /tmp",
+            "backup /mnt --to /b --disk a --disk b --consumer c --rate 50M -p",
+            "backup /mnt --to /b --full --format raw --threads 2 --json --name x --restart",
+            "backup /mnt --to /b --compress --progress",
+            "backup /mnt --to /b --compress=zlib",
+            "restore /b --to /x --disk a --changed-only --verify --force --dry-run -p --json --threads 2",
+            "restore /b/p --to /mnt/live/a.raw --volume p2",
             "demo /tmp",
         ] {
             let words = std::iter::once("fleecefs").chain(line.split_whitespace());
@@ -195,10 +242,15 @@ mod tests {
             "mount --chunk 2K a m",
             "map /mnt s a --output xml",
             "backup /mnt",
+            "backup /mnt --to /b --full --consumer c",
+            "backup /mnt --to /b --format vmdk",
             "bitmap merge /mnt a b",
             "bitmap add /mnt a b -g x",
             "mount --nbd x a m",
             "snapshot create /mnt s --freeze x",
+            "snapshot create /mnt s --freeze qga:x --freeze-timeout 11",
+            "run /mnt --consumer c",
+            "run /mnt -- cmd",
             "map /mnt s a --output borg --json",
         ] {
             let words = std::iter::once("fleecefs").chain(line.split_whitespace());

@@ -5,7 +5,7 @@ use super::spec::{block_devices_by_name, format_by_name, l2_cache_size, parse_di
 use crate::daemon::{self, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
 use crate::fleece::{
-    BlockDevicePolicy, DEFAULT_GUEST_SHARE, MAX_GUEST_SHARE, Options, StoreErrorPolicy, TrackingErrorPolicy,
+    BlockDevicePolicy, DEFAULT_GUEST_SHARE, MAX_GUEST_SHARE, Options, Skip, StoreErrorPolicy, TrackingErrorPolicy,
 };
 use crate::image::{Cache, Format};
 use crate::storage::process;
@@ -88,6 +88,12 @@ pub struct MountArgs {
     /// Most checkpoints of a disk; the oldest are merged away
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000), default_value_t = 1000)]
     keep_checkpoints: u32,
+    /// Let volumes of live disks be written to: what is written there, the guest finds on its disk
+    #[arg(long)]
+    writable_volumes: bool,
+    /// What snapshots leave out: swap (pages of swap areas), free (unused blocks of ext4); they read as zeros there
+    #[arg(long, value_name = "swap,free", default_value_t, hide_default_value = true)]
+    skip: Skip,
     /// Control socket [default: below /run/fleecefs, or $XDG_RUNTIME_DIR/fleecefs]
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
@@ -241,6 +247,8 @@ impl MountArgs {
                 CacheMode::None => Cache::None,
             },
             guest_share: self.guest_share,
+            writable_volumes: self.writable_volumes,
+            skip: self.skip,
         }
     }
 }

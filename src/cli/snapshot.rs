@@ -1,9 +1,11 @@
 //! `fleecefs snapshot`: frozen views from taking to ending.
 
 use super::connect::{Mount, execute, read_reply};
+use super::freeze::FreezeArgs;
 use super::output::{Out, Style, Table, complain, printable};
 use super::{Exit, JsonArg};
 use crate::error::{Error, Result, errno};
+use crate::fleece::Skip;
 use crate::units::{human_size, parse_size};
 use clap::{Args, Subcommand};
 use serde::Deserialize;
@@ -41,7 +43,29 @@ pub struct CreateArgs {
     #[arg(long, value_name = "CHECKPOINT|@CONSUMER")]
     since: Option<String>,
     #[command(flatten)]
+    skip: SkipArg,
+    #[command(flatten)]
+    freeze: FreezeArgs,
+    #[command(flatten)]
     json: JsonArg,
+}
+
+/// What a snapshot leaves out.
+#[derive(Debug, Args)]
+pub struct SkipArg {
+    /// What the snapshot leaves out: swap (pages of swap areas), free (unused blocks of ext4); they read as zeros. '' is
+    /// nothing [default: as the mount says]
+    #[arg(long, value_name = "swap,free")]
+    skip: Option<Skip>,
+}
+
+impl SkipArg {
+    /// Adds it to the arguments of `fleecefs-snapshot-create`.
+    pub fn add_to(&self, arguments: &mut Value) {
+        if let Some(skip) = self.skip {
+            arguments["skip"] = json!(skip.names().collect::<Vec<_>>());
+        }
+    }
 }
 
 /// Arguments of `snapshot list`.
@@ -108,6 +132,8 @@ pub struct Row {
     name: String,
     uuid: String,
     time: String,
+    #[serde(default)]
+    consistency: String,
     broken: bool,
     disks: Vec<DiskRow>,
 }
@@ -121,6 +147,25 @@ struct DiskRow {
     full_reason: Option<String>,
     broken: Option<String>,
     store_bytes: u64,
+    skipped: Option<SkippedRow>,
+}
+
+#[derive(Deserialize)]
+struct SkippedRow {
+    kinds: Vec<String>,
+    bytes: u64,
+}
+
+impl Row {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether a view of it can no longer be read.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
 }
 
 impl SnapshotCommand {
@@ -150,17 +195,20 @@ impl SnapshotCommand {
     }
 }
 
-/// What `create` needs of a manifest.
+/// What the takers of snapshots need of a manifest.
 #[derive(Deserialize)]
-struct Manifest {
-    disks: Vec<ManifestDisk>,
+pub struct Manifest {
+    /// In name order.
+    pub disks: Vec<ManifestDisk>,
 }
 
+/// A disk in it.
 #[derive(Deserialize)]
-struct ManifestDisk {
-    name: String,
+pub struct ManifestDisk {
+    /// Its name.
+    pub name: String,
     /// Why everything counts as changed, also where there is a base; None: it does not.
-    full_reason: Option<String>,
+    pub full_reason: Option<String>,
 }
 
 impl CreateArgs {
@@ -172,7 +220,8 @@ impl CreateArgs {
                 None => arguments["since"] = json!(since),
             }
         }
-        let reply = execute(&self.mnt, "fleecefs-snapshot-create", arguments)?;
+        self.skip.add_to(&mut arguments);
+        let reply = self.freeze.create_snapshot(&Mount::find(&self.mnt)?, arguments)?;
         let manifest: Manifest = read_reply(&reply)?;
         let mut out = Out::new();
         if self.json.json {
@@ -183,24 +232,23 @@ impl CreateArgs {
                 out.line(dir.join(format!("{}.raw", disk.name)).display().to_string())?;
             }
         }
-        Ok(self.full_disks(&manifest))
+        Ok(self.since.as_ref().map_or(Exit::Done, |since| full_disks(since, &manifest)))
     }
+}
 
-    /// Tells of disks where what was asked for cannot be had.
-    fn full_disks(&self, manifest: &Manifest) -> Exit {
-        let Some(since) = &self.since else { return Exit::Done };
-        let mut exit = Exit::Done;
-        for disk in &manifest.disks {
-            let Some(reason) = &disk.full_reason else { continue };
-            complain(&format!(
-                "fleecefs: disk '{}' since '{}': everything counts as changed: {reason}",
-                disk.name,
-                printable(since)
-            ));
-            exit = Exit::Full;
-        }
-        exit
+/// Tells of disks where what was asked for cannot be had.
+pub fn full_disks(since: &str, manifest: &Manifest) -> Exit {
+    let mut exit = Exit::Done;
+    for disk in &manifest.disks {
+        let Some(reason) = &disk.full_reason else { continue };
+        complain(&format!(
+            "fleecefs: disk '{}' since '{}': everything counts as changed: {reason}",
+            disk.name,
+            printable(since)
+        ));
+        exit = Exit::Full;
     }
+    exit
 }
 
 impl ListArgs {
@@ -271,6 +319,8 @@ impl ShowArgs {
         out.line(format!("snapshot  {}", Style::of_stdout().bold(&printable(&row.name))))?;
         out.line(format!("uuid      {}", row.uuid))?;
         out.line(format!("taken     {}", row.time))?;
+        let frozen = row.consistency == "filesystem";
+        out.line(format!("content   {}-consistent", if frozen { "file-system" } else { "crash" }))?;
         out.line(format!("path      {}", self.mnt.join("snapshots").join(&row.name).display()))?;
         out.line("")?;
         let mut table = Table::new(&["DISK", ">SIZE", ">STORE", "CHECKPOINT", "CHANGES SINCE", "STATE"]);
@@ -289,23 +339,20 @@ impl ShowArgs {
                 disk.broken.as_ref().map_or("good".into(), |why| format!("broken: {why}")),
             ]);
         }
-        table.print(&mut out)
+        table.print(&mut out)?;
+        for disk in &row.disks {
+            if let Some(SkippedRow { kinds, bytes }) = &disk.skipped {
+                let (kinds, bytes) = (kinds.join(","), human_size(*bytes));
+                out.line(format!("disk {}: {bytes} left out, which read as zeros ({kinds})", printable(&disk.name)))?;
+            }
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn create(since: Option<&str>) -> CreateArgs {
-        CreateArgs {
-            mnt: "/m".into(),
-            name: "s".into(),
-            disks: Vec::new(),
-            since: since.map(str::to_owned),
-            json: JsonArg { json: false },
-        }
-    }
 
     #[test]
     fn a_full_map_is_a_fallback_only_where_a_base_was_asked_for() {
@@ -314,9 +361,8 @@ mod tests {
             {"name": "b", "reference": "x", "full_reason": "the image was changed by another program"},
         ]}))
         .unwrap();
-        assert_eq!(create(Some("x")).full_disks(&manifest), Exit::Full);
-        assert_eq!(create(None).full_disks(&manifest), Exit::Done);
+        assert_eq!(full_disks("x", &manifest), Exit::Full);
         let good = Manifest { disks: manifest.disks.into_iter().take(1).collect() };
-        assert_eq!(create(Some("x")).full_disks(&good), Exit::Done);
+        assert_eq!(full_disks("x", &good), Exit::Done);
     }
 }

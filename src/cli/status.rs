@@ -5,6 +5,7 @@ use super::connect::{Mount, read_reply};
 use super::output::{Out, Style, Table, printable};
 use super::{Exit, JsonArg, consumer, snapshot};
 use crate::error::Result;
+use crate::fleece::{ContentInfo, DiskContent};
 use crate::units::human_size;
 use clap::Args;
 use serde::Deserialize;
@@ -30,6 +31,8 @@ struct Status {
     consumers: Vec<consumer::Row>,
     #[serde(default)]
     problems: Vec<String>,
+    #[serde(default)]
+    volume_warnings: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -45,6 +48,8 @@ struct Disk {
     image: PathBuf,
     #[serde(default)]
     snapshot: Option<String>,
+    #[serde(flatten)]
+    holds: DiskContent,
 }
 
 #[derive(Deserialize)]
@@ -90,6 +95,8 @@ fn print(status: &Status, out: &mut Out) -> Result<()> {
         ]);
     }
     section(&disks, out)?;
+    section(&volumes(&status.disks), out)?;
+    status.volume_warnings.iter().try_for_each(|text| out.line(format!("volumes: {}", printable(text))))?;
     section(&snapshot::table(&status.snapshots), out)?;
     section(&consumer::table(&status.consumers), out)?;
     out.line("")?;
@@ -108,6 +115,27 @@ fn print(status: &Status, out: &mut Out) -> Result<()> {
     }
     out.line(format!("problems: {}", status.problems.len()))?;
     status.problems.iter().try_for_each(|problem| out.line(format!("  {}", style.bad(&printable(problem)))))
+}
+
+/// One line a volume, and one for what a disk is itself.
+fn volumes(disks: &[Disk]) -> Table {
+    let mut table = Table::new(&["DISK", "VOLUME", ">SIZE", "TABLE", "CONTENT", "LABEL"]);
+    for disk in disks {
+        let mut row = |name: &str, size, scheme: &str, content: Option<&ContentInfo>, label: Option<&String>| {
+            let label = content.and_then(|content| content.label.as_ref()).or(label);
+            let kind = content.map_or("-", |content| content.kind.as_str());
+            let size = human_size(size);
+            let cells: [&str; 6] = [&disk.name, name, &size, scheme, kind, label.map_or("-", String::as_str)];
+            table.row(cells.map(str::to_owned));
+        };
+        if let Some(content) = &disk.holds.content {
+            row("-", disk.size, "-", Some(content), None);
+        }
+        for volume in &disk.holds.volumes {
+            row(&volume.name, volume.size, &volume.table, volume.content.as_ref(), volume.label.as_ref());
+        }
+    }
+    table
 }
 
 fn section(table: &Table, out: &mut Out) -> Result<()> {

@@ -59,6 +59,8 @@ struct Use {
     part: Part,
     path: PathBuf,
     identity: Identity,
+    /// Of a loop device: its file's, which no lock keeps from being written to through the device.
+    below: Option<Identity>,
     writes: bool,
     /// Others may write to it meanwhile.
     shares: bool,
@@ -70,7 +72,9 @@ impl Use {
     /// Refuses to use a file beside another disk's use of it, where one of them writes to it.
     fn check_beside(&self, other: &Use) -> Result<()> {
         let conflict = (self.writes && !other.shares) || (other.writes && !self.shares);
-        if self.identity != other.identity || !conflict {
+        let is_below = |one: &Use, other: &Use| one.below == Some(other.identity);
+        let same = self.identity == other.identity || is_below(self, other) || is_below(other, self);
+        if !same || !conflict {
             return Ok(());
         }
         let role = match other.part {
@@ -114,14 +118,17 @@ fn uses_of(spec: &DiskSpec, own_mount: &OwnMount) -> Result<Vec<Use>> {
         own_mount.refuse(what, path)?;
         if let Ok(metadata) = fs::metadata(path) {
             // A loop device, or a file system on one.
-            let device = if metadata.file_type().is_block_device() { metadata.rdev() } else { metadata.dev() };
-            if let Some(file) = loop_file(device) {
+            let is_device = metadata.file_type().is_block_device();
+            let behind = loop_file(if is_device { metadata.rdev() } else { metadata.dev() });
+            let below = behind.as_ref().filter(|_| is_device).and_then(|file| fs::metadata(file).ok());
+            let below = below.map(|file| identity(&file));
+            if let Some(file) = behind {
                 own_mount.refuse(&format!("{what} {}: the file of its loop device", path.display()), &file)?;
             }
             let writes = part != Part::BackingFile && !spec.is_read_only();
             let (path, identity) = (path.to_owned(), identity(&metadata));
             let (shares, snapshot) = (spec.force_share, spec.snapshot.is_some());
-            uses.push(Use { disk: disk.clone(), part, path, identity, writes, shares, snapshot });
+            uses.push(Use { disk: disk.clone(), part, path, identity, below, writes, shares, snapshot });
         }
         Ok(())
     })?;

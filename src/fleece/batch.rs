@@ -3,6 +3,7 @@
 //! This file has the plain types; `bitmaps` makes them happen. Names, rules and texts are QEMU's
 //! (`block-dirty-bitmap-*`, `transaction`).
 
+use super::frozen::Frozen;
 use super::hold::Hold;
 use super::snapshot::{Snapshot, SnapshotRequest};
 use crate::error::{Error, errno};
@@ -43,6 +44,13 @@ pub enum Action {
     },
     /// Holds a bitmap as it is now for a reader; see [`Hold`].
     Hold(BitmapRef),
+    /// Freezes a disk for a job; see [`Frozen`].
+    Freeze {
+        /// The disk.
+        disk: String,
+        /// Whether what the guest writes to from then on is recorded, and how many bytes a bit.
+        record: Option<u64>,
+    },
     /// Freezes disks. At most one in a batch.
     Snapshot(SnapshotRequest),
     /// Fails.
@@ -72,6 +80,8 @@ pub struct Applied {
     pub snapshot: Option<Arc<Snapshot>>,
     /// The holds, in the order of their steps.
     pub holds: Vec<Hold>,
+    /// The views for jobs, in the order of their steps.
+    pub frozen: Vec<Frozen>,
 }
 
 /// Why a batch did not happen.
@@ -99,6 +109,10 @@ impl Refused {
 
     pub(super) fn unknown_disk(name: &str) -> Self {
         Refused::new(errno::ENOENT, format!("Node '{name}' not found"))
+    }
+
+    pub(super) fn unknown_device(name: &str) -> Self {
+        Refused::new(errno::ENOENT, format!("Cannot find device='{name}' nor node-name='{name}'"))
     }
 
     pub(super) fn unknown_bitmap(name: &str) -> Self {

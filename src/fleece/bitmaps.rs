@@ -11,7 +11,6 @@
 use super::batch::{Action, Applied, BitmapInfo, BitmapRef, Refused};
 use super::disk::Disk;
 use super::fleece::Fleece;
-use super::hold::Hold;
 use super::instant::NewSnapshot;
 use super::plan::Plan;
 use super::snapshot::{SnapshotRequest, Taking};
@@ -41,11 +40,18 @@ impl Fleece {
             }
             None => None,
         };
-        let snapshot = self.make_happen(snapshot, &mut work)?;
+        let snapshot = self.make_happen(snapshot, &mut work).inspect_err(|_| work.thaw())?;
         if let Some(snapshot) = &snapshot {
             self.snapshot_taken(snapshot);
         }
-        Ok(Applied { snapshot, holds: work.into_holds().into_iter().map(Hold).collect() })
+        let (holds, frozen) = work.into_made();
+        Ok(Applied { snapshot, holds, frozen })
+    }
+
+    /// Refuses what [`Fleece::apply`] would refuse without having done anything.
+    pub fn check(&self, actions: &[Action]) -> std::result::Result<(), Refused> {
+        let _control = self.control.lock();
+        Plan::new(self, actions).map(drop)
     }
 
     /// Makes all that a snapshot needs, on all disks or on none. Nothing is visible yet.
@@ -59,7 +65,8 @@ impl Fleece {
             disk.begin_again()?;
         }
         let taking = self.once_gone(errno::ENOSPC, || Taking::prepare_all(&disks, request, uuid, time_ns))?;
-        Ok(NewSnapshot { name: request.name.clone(), uuid, time_ns, taking })
+        let skip = request.skip.unwrap_or(self.options().skip);
+        Ok(NewSnapshot { name: request.name.clone(), uuid, time_ns, taking, skip })
     }
 
     /// The bitmaps of a disk, newest first, those of checkpoints too. ENOENT for an unknown disk.

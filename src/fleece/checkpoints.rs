@@ -9,9 +9,28 @@ use super::fleece::Fleece;
 use super::tracking::{Recording, recording_entry};
 use crate::bitmap::{BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, PreparedAction};
 use crate::error::{Error, Result, errno};
+use crate::sync::Mutex;
 use crate::units::check_name;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use uuid::Uuid;
+
+/// The names of the consumers that somebody works for.
+pub(super) type Working = Arc<Mutex<BTreeSet<String>>>;
+
+/// A consumer is at work, and nobody else begins to work for it; until this value goes. It keeps nobody from setting or
+/// deleting the consumer.
+#[derive(Debug)]
+pub struct ConsumerLock {
+    name: String,
+    working: Working,
+}
+
+impl Drop for ConsumerLock {
+    fn drop(&mut self) {
+        self.working.lock().remove(&self.name);
+    }
+}
 
 impl Fleece {
     /// Deletes a checkpoint; its changes go to the one before it. EBUSY while a consumer or an open snapshot needs it.
@@ -102,6 +121,16 @@ impl Fleece {
             return Err(unknown_checkpoint(checkpoint));
         }
         self.transact(parts)
+    }
+
+    /// Says that somebody works for a consumer, known or not. EBUSY where somebody does already.
+    pub fn lock_consumer(&self, name: &str) -> Result<ConsumerLock> {
+        check_name("consumer", name)?;
+        if !self.working.lock().insert(name.to_owned()) {
+            return Err(Error::new(errno::EBUSY, format!("consumer '{name}'"), "is at work already")
+                .hint("wait until the other run has ended, or take a consumer of its own"));
+        }
+        Ok(ConsumerLock { name: name.to_owned(), working: self.working.clone() })
     }
 
     /// Forgets a consumer. ENOENT for an unknown name.

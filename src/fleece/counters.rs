@@ -1,6 +1,7 @@
 //! Counters of one mount, for `status.json` and `metrics`.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::thread;
 
 /// One counter. Plain relaxed additions; nothing is ordered by it.
 #[derive(Debug, Default)]
@@ -76,7 +77,20 @@ counters! {
 impl Counters {
     /// How busy guests keep the disks of the mount.
     pub(super) fn load(&self) -> Load {
-        Load::of(self.guest.0.load(Ordering::Relaxed))
+        Load::of(self.guest.word.load(Ordering::Relaxed))
+    }
+
+    /// Has at least the next `count` requests of guests give way when they end: their threads let others go first. Where more
+    /// threads serve guests than there are processors, a single other one gets its turn after all of their slices,
+    /// some 20 ms later, and a part of the processors that gets less the more they are. Needs no privilege, and is not
+    /// a lock: nobody waits who has a processor to himself.
+    pub(super) fn give_way(&self, count: u32) {
+        self.guest.giving_way.fetch_max(count, Ordering::Relaxed);
+    }
+
+    /// No request is to give way any more.
+    pub(super) fn give_no_way(&self) {
+        self.guest.giving_way.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn guest_read(&self, len: usize) -> Request<'_> {
@@ -113,19 +127,32 @@ impl Counters {
     }
 }
 
-/// Requests of guests in one word: the count of those done above, which wraps around, and those in flight below. On a
-/// cache line of its own.
+/// Requests of guests. On a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct GuestLoad(AtomicU64);
+struct GuestLoad {
+    /// The count of those done above, which wraps around, and those in flight below.
+    word: AtomicU64,
+    /// So many of those that end from now on give way.
+    giving_way: AtomicU32,
+}
 
 /// One request done, in [`GuestLoad`].
 const DONE_ONE: u64 = 1 << 32;
 
 impl GuestLoad {
     fn begin(&self) -> Request<'_> {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.word.fetch_add(1, Ordering::Relaxed);
         Request(self)
+    }
+
+    /// Lets other threads go first, as often as was asked for.
+    fn give_way(&self) {
+        let is_asked = self.giving_way.load(Ordering::Relaxed) > 0;
+        let take = |left: u32| left.checked_sub(1);
+        if is_asked && self.giving_way.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
+            thread::yield_now();
+        }
     }
 }
 
@@ -136,7 +163,9 @@ pub(super) struct Request<'a>(&'a GuestLoad);
 
 impl Drop for Request<'_> {
     fn drop(&mut self) {
-        self.0.0.fetch_add(DONE_ONE - 1, Ordering::Relaxed);
+        // Still in flight meanwhile: else a deep queue would not look like one.
+        self.0.give_way();
+        self.0.word.fetch_add(DONE_ONE - 1, Ordering::Relaxed);
     }
 }
 
@@ -157,5 +186,33 @@ impl Load {
     /// One number for both: equal where nothing happened in between.
     pub(super) fn word(self) -> u64 {
         u64::from(self.done) << 32 | u64::from(self.in_flight)
+    }
+}
+
+#[cfg(test)]
+impl Counters {
+    /// Requests that are still to give way.
+    pub(super) fn giving_way(&self) -> u32 {
+        self.guest.giving_way.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_give_way_as_often_as_was_asked_for() {
+        let counters = Counters::default();
+        drop(counters.guest_read(1));
+        assert_eq!(counters.giving_way(), 0);
+        counters.give_way(3);
+        let held = counters.guest_write(1);
+        assert_eq!(counters.giving_way(), 3, "when it ends, not when it begins");
+        drop(held);
+        thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(|| drop(counters.guest_zero(1))))));
+        assert_eq!(counters.giving_way(), 0);
+        drop(counters.guest_flush());
+        assert_eq!((counters.giving_way(), counters.load()), (0, Load { done: 5, in_flight: 0 }));
     }
 }

@@ -8,8 +8,9 @@
 //! 3. whether all that a view needs of the range is preserved (I2, I4). Where it is not, gate and pins are let go, what
 //!    the range held goes to the newest layer's store, chunk by chunk, then the chunks' states (see `preserve`), and it
 //!    begins anew: nobody waits for a store in a gate. Then a full fence;
-//! 4. the dirty bits (I6);
-//! 5. the image.
+//! 4. who watches the range is told (W1), and what depends on a watch enters a hold of it (W2, see `watch`);
+//! 5. the dirty bits (I6);
+//! 6. the image.
 //!
 //! A discard of what is a hole already changes nothing: it is marked, but needs no region armed.
 //!
@@ -27,6 +28,7 @@ use super::preserve::{Answered, Caller, Wait, Waits};
 use super::regions::Regions;
 use super::store::StoreIo;
 use super::tracking::{Tracking, recording_checkpoint};
+use super::watch::{Permit, Watches};
 use super::{Options, StoreErrorPolicy};
 use crate::error::{Error, Result, errno};
 use crate::image::{Format, Image};
@@ -64,6 +66,7 @@ pub struct Disk {
     pub(super) tracking: Tracking,
     pub(super) holds: Holds,
     pub(super) regions: Regions,
+    pub(super) watches: Watches,
     /// What the last round of disarming saw. Held for a round, and by who keeps rounds away (lock rank 2).
     pub(super) disarming: Mutex<Vec<(u64, u64)>>,
     pub(super) state: Arc<dyn Dir>,
@@ -129,6 +132,7 @@ impl Disk {
             tracking: parts.tracking,
             holds: Holds::default(),
             regions: parts.regions,
+            watches: Watches::default(),
             disarming: Mutex::new(Vec::new()),
             state: parts.state,
             store_io: parts.store_io,
@@ -194,6 +198,11 @@ impl Disk {
         self.image.describe(object);
     }
 
+    /// Bytes of a cluster of the image, where its format has them.
+    pub fn cluster_bytes(&self) -> Option<u64> {
+        self.image.cluster_bytes()
+    }
+
     pub(super) fn image(&self) -> &Arc<dyn Image> {
         &self.image
     }
@@ -213,6 +222,11 @@ impl Disk {
         let _ = self.opens.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |opens| opens.checked_sub(1));
     }
 
+    /// Opens that were not closed yet.
+    pub(super) fn opens(&self) -> u64 {
+        self.opens.load(Ordering::SeqCst)
+    }
+
     pub(super) fn is_open(&self) -> bool {
         self.opens.load(Ordering::SeqCst) > 0
     }
@@ -230,20 +244,36 @@ impl Disk {
 
     /// Writes up to the end of the disk and returns the count; ENOSPC where `offset` is at or past the end.
     pub fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        self.write_under(&Permit::ALWAYS, data, offset)
+    }
+
+    /// The same for a write that depends on a watch.
+    pub(super) fn write_under(&self, permit: &Permit, data: &[u8], offset: u64) -> Result<usize> {
         let (len, _request) = self.admit_write(data.len(), offset)?;
-        self.write_pieces(&data[..len], offset, &mut Waits).map(|(count, _)| count)
+        self.write_pieces(&data[..len], offset, permit, &mut Waits).map(|(count, _)| count)
     }
 
     /// The same for who need not answer in this thread: `done` takes the result, here or, where this thread comes to
     /// hang in a call on a store, in another one. Shorter writes make such calls here, which spares two wake-ups.
     pub fn write_then(self: &Arc<Self>, data: &[u8], offset: u64, done: impl FnOnce(Result<usize>) + Send + 'static) {
+        self.write_then_under(&Permit::ALWAYS, data, offset, done);
+    }
+
+    /// The same for a write that depends on a watch.
+    pub(super) fn write_then_under(
+        self: &Arc<Self>,
+        permit: &Permit,
+        data: &[u8],
+        offset: u64,
+        done: impl FnOnce(Result<usize>) + Send + 'static,
+    ) {
         let (len, _request) = match self.admit_write(data.len(), offset) {
             Ok(admitted) => admitted,
             Err(e) => return done(Err(e)),
         };
         let data = &data[..len];
-        let mut answered = Answered { disk: self, data, offset, done: Some(done) };
-        let written = self.write_pieces(data, offset, &mut answered);
+        let mut answered = Answered { disk: self, data, offset, permit, done: Some(done) };
+        let written = self.write_pieces(data, offset, permit, &mut answered);
         if let Some(done) = answered.done {
             done(written.map(|(count, _)| count));
         }
@@ -260,11 +290,17 @@ impl Disk {
     }
 
     /// Writes `data` piece by piece; an error after the first piece is a short count.
-    pub(super) fn write_pieces(&self, data: &[u8], offset: u64, wait: &mut impl Wait) -> Result<(usize, Caller)> {
+    pub(super) fn write_pieces(
+        &self,
+        data: &[u8],
+        offset: u64,
+        permit: &Permit,
+        wait: &mut impl Wait,
+    ) -> Result<(usize, Caller)> {
         let mut done = 0;
         for piece in data.chunks(MAX_GATE_BYTES as usize) {
             let at = offset + done as u64;
-            match self.mutate(at, piece.len() as u64, false, wait, || self.image.write_at(piece, at)) {
+            match self.mutate(at, piece.len() as u64, false, permit, wait, || self.image.write_at(piece, at)) {
                 Ok(Caller::GoesOn) => done += piece.len(),
                 Ok(Caller::IsReplaced) => return Ok((done, Caller::IsReplaced)),
                 Err(_) if done > 0 => break,
@@ -276,13 +312,18 @@ impl Disk {
 
     /// Makes a range read as zeros and keeps it allocated. ENOSPC where it passes the end.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes_under(&Permit::ALWAYS, offset, len)
+    }
+
+    /// The same for who depends on a watch.
+    pub(super) fn write_zeroes_under(&self, permit: &Permit, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
         let _request = self.counters.guest_zero(len);
         let end = offset + len;
         let mut at = offset;
         while at < end {
             let piece = gate_piece(at, end);
-            let _ = self.mutate(at, piece, true, &mut Waits, || self.image.write_zeroes(at, piece, false))?;
+            let _ = self.mutate(at, piece, true, permit, &mut Waits, || self.image.write_zeroes(at, piece, false))?;
             at += piece;
         }
         Ok(())
@@ -290,6 +331,11 @@ impl Disk {
 
     /// Gives a range back to the host; it reads as zeros. ENOSPC where it passes the end.
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.discard_under(&Permit::ALWAYS, offset, len)
+    }
+
+    /// The same for who depends on a watch.
+    pub(super) fn discard_under(&self, permit: &Permit, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
         let _request = self.counters.guest_zero(len);
         let end = offset + len;
@@ -302,9 +348,14 @@ impl Disk {
             if status.zero {
                 let _gate = self.gate.read();
                 self.check_open()?;
+                // What is written again as it was counts as changed.
+                let looked = self.watches.before(at..at + piece);
+                drop(permit.enter()?);
                 self.tracking.mark(at, piece);
+                self.watches.after(at..at + piece, looked);
             } else {
-                let _ = self.mutate(at, piece, true, &mut Waits, || self.image.write_zeroes(at, piece, true))?;
+                let _ =
+                    self.mutate(at, piece, true, permit, &mut Waits, || self.image.write_zeroes(at, piece, true))?;
             }
             at += piece;
         }
@@ -357,6 +408,7 @@ impl Disk {
         offset: u64,
         len: u64,
         zeroes: bool,
+        permit: &Permit,
         wait: &mut impl Wait,
         change: impl Fn() -> Result<()>,
     ) -> Result<Caller> {
@@ -368,8 +420,12 @@ impl Disk {
                     return Err(self.past_the_end(offset));
                 }
                 if !self.must_preserve(offset, len, zeroes)? {
+                    let looked = self.watches.before(offset..offset + len);
+                    let hold = permit.enter()?;
                     self.tracking.mark(offset, len);
                     let changed = change();
+                    drop(hold);
+                    self.watches.after(offset..offset + len, looked);
                     self.tracking.note_write();
                     return changed.map(|()| Caller::GoesOn);
                 }
@@ -425,6 +481,9 @@ impl Disk {
             )
             .hint("drop the snapshots first"));
         }
+        // Bytes that are cut off may belong to any volume; growth touches none.
+        let touched = if size < old { 0 } else { old }..u64::MAX;
+        let looked = self.watches.before(touched.clone());
         if size > old {
             self.resize_bitmaps(size, &gate)?;
             self.tracking.note_next_len(size);
@@ -443,6 +502,7 @@ impl Disk {
             }
         }
         self.size.store(size, Ordering::SeqCst);
+        self.watches.after(touched, looked);
         self.tracking.note_write();
         self.set_known_size();
         self.renew_loss();

@@ -1,17 +1,19 @@
 //! The disks of one mount with their snapshots, checkpoints and consumers.
 
+use super::checkpoints::Working;
 use super::counters::{Counter, Counters};
 use super::disk::Disk;
 use super::events::{Event, Events};
 use super::instant::FailedChange;
 use super::pace::Pace;
 use super::place::{Environment, Place, while_busy};
+use super::scan::Scans;
 use super::snapshot::Snapshot;
 use super::store::Stores;
 use super::transaction::{self, Part};
 use super::view::View;
 use super::{BlockDevicePolicy, DiskSpec, Options};
-use crate::bitmap::PreparedAction;
+use crate::bitmap::{LayerEntry, PreparedAction};
 use crate::error::{Error, Result, errno};
 use crate::image::{self, Image, OpenOptions};
 use crate::sync::{Mutex, RwLock};
@@ -44,7 +46,10 @@ pub struct Fleece {
     pub(super) unsettled: Mutex<Vec<FailedChange>>,
     /// What the recoveries of disks found, for `problems`: a disk's name, and the text. It goes with the disk.
     pub(super) recovered: Mutex<Vec<(String, String)>>,
+    /// The volumes of the live disks.
+    pub(super) volumes: Arc<Scans>,
     pub(super) reaper: Reaper,
+    pub(super) working: Working,
 }
 
 impl std::fmt::Debug for Fleece {
@@ -111,7 +116,9 @@ impl Fleece {
             events: Arc::new(Events::default()),
             unsettled: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
+            volumes: Arc::default(),
             reaper: Reaper(background.then_some(thread)),
+            working: Working::default(),
         });
         if background {
             super::disarm::start(&fleece);
@@ -207,6 +214,8 @@ impl Fleece {
         let disk = Arc::new(super::recover::open(name, image, place, self.parts(block_devices))?);
         self.disks.write().insert(name.to_owned(), disk.clone());
         self.show_views(&disk);
+        // Hidden layers that an earlier daemon left.
+        self.reaper.wake();
         log::info!("disk '{name}' ({}) is served: {}", disk.image_path().display(), disk.origin);
         Ok(disk)
     }
@@ -252,14 +261,14 @@ impl Fleece {
     fn show_views(&self, disk: &Arc<Disk>) {
         let directory = disk.tracking.directory();
         let chain = disk.chain.load();
+        // Reads the stores' directory, so before the lock.
+        let view_of = |entry: &LayerEntry| {
+            let layer = chain.layers.iter().find(|layer| layer.uuid == entry.uuid)?;
+            Some((entry.snapshot.clone()?, View::new(disk.clone(), layer.clone(), entry).map(Arc::new)?))
+        };
+        let views: Vec<_> = directory.layers.iter().filter_map(view_of).collect();
         let mut snapshots = self.snapshots.write();
-        for entry in directory.layers.iter() {
-            let (Some(snapshot), Some(layer)) =
-                (&entry.snapshot, chain.layers.iter().find(|layer| layer.uuid == entry.uuid))
-            else {
-                continue;
-            };
-            let Some(view) = View::new(disk.clone(), layer.clone(), entry).map(Arc::new) else { continue };
+        for (snapshot, view) in views {
             let whole = match snapshots.iter().position(|other| other.uuid() == snapshot.uuid) {
                 Some(index) => snapshots.remove(index).with_view(view),
                 None => {
@@ -295,6 +304,7 @@ impl Fleece {
             self.disks.write().insert(name.to_owned(), disk.clone());
         })?;
         self.recovered.lock().retain(|(disk, _)| disk != name);
+        self.forget_volumes();
         log::info!("disk '{name}' removed");
         Ok(())
     }
@@ -412,6 +422,7 @@ impl Fleece {
         self.snapshots.write().clear();
         self.lingering.write().clear();
         self.disks.write().clear();
+        self.forget_volumes();
         first
     }
 }

@@ -14,13 +14,14 @@
 
 use super::batch::{Action, BitmapRef, Refused};
 use super::disk::Disk;
-use super::fleece::Fleece;
+use super::fleece::{Fleece, Reaper};
 use super::tracking::Recording;
 use super::work::Lists;
 use crate::bitmap::{Bits, DirtyBitmap};
 use crate::error::{Error, Result, errno};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::units::GRANULARITY_RANGE;
 use std::sync::Arc;
 
 /// A bitmap that somebody holds. See the module.
@@ -52,6 +53,20 @@ pub(super) struct Held {
 #[derive(Debug, Default)]
 pub(super) struct Holds(Mutex<Vec<(Arc<Held>, Option<Recording>)>>);
 
+/// A disk that a job writes to: as long as this exists it is neither resized nor removed.
+#[derive(Debug)]
+pub struct KeptDisk {
+    held: Arc<Held>,
+    reaper: Reaper,
+}
+
+impl Drop for KeptDisk {
+    fn drop(&mut self) {
+        self.held.end();
+        self.reaper.wake();
+    }
+}
+
 impl Hold {
     /// The disk.
     pub fn disk(&self) -> &str {
@@ -80,7 +95,7 @@ impl Held {
         Held { disk: disk.to_owned(), name: name.to_owned(), frozen, over: AtomicBool::new(false) }
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         self.over.store(true, Ordering::SeqCst);
     }
 
@@ -137,7 +152,10 @@ impl Holds {
     pub(super) fn check_none(&self, disk: &str) -> Result<()> {
         match self.0.lock().iter().map(|(held, _)| held).find(|held| !held.is_over()) {
             Some(held) => {
-                let why = format!("its bitmap '{}' is in use by a job", held.name.escape_debug());
+                let why = match held.name.as_str() {
+                    "" => "a job uses it".to_owned(),
+                    name => format!("its bitmap '{}' is in use by a job", name.escape_debug()),
+                };
                 Err(Error::new(errno::EBUSY, format!("disk '{disk}'"), why).hint("wait for the job, or cancel it"))
             }
             None => Ok(()),
@@ -146,6 +164,17 @@ impl Holds {
 }
 
 impl Fleece {
+    /// Keeps a disk as long as it is and where it is, for who writes a copy to it: what was copied must be there at the
+    /// end. ENOENT for an unknown name.
+    pub fn keep_disk(&self, name: &str) -> Result<KeptDisk> {
+        // A resize or removal that began is over, or has not looked for holds yet.
+        let _control = self.control.lock();
+        let disk = self.disk(name)?;
+        let held = Arc::new(Held::new(name, "", DirtyBitmap::heap(*GRANULARITY_RANGE.end(), disk.size())?));
+        disk.holds.begin(held.clone(), None);
+        Ok(KeptDisk { held, reaper: self.reaper() })
+    }
+
     /// Holds one bitmap: a batch of that alone.
     pub fn hold(&self, disk: &str, name: &str) -> std::result::Result<Hold, Refused> {
         let applied = self.apply(&[Action::Hold(BitmapRef::new(disk, name))])?;

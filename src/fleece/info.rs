@@ -2,7 +2,8 @@
 
 use super::fleece::Fleece;
 use super::snapshot::Snapshot;
-use crate::bitmap::CheckpointState;
+use super::volume_info::DiskContent;
+use crate::bitmap::{CheckpointState, Consistency, HookNote, Notes};
 use serde::Serialize;
 use std::path::PathBuf;
 use uuid::Uuid;
@@ -77,8 +78,13 @@ pub struct DiskInfo {
     pub tracking_lost: Option<TrackingLoss>,
     /// What tells whether another program wrote to the image: `stamp`, the times of its files; `mark`, in the image.
     pub guards: Vec<&'static str>,
+    /// Open files of the live disk.
+    pub opens: u64,
     /// Bytes in the stores of this disk.
     pub store_bytes: u64,
+    /// The volumes in it, and what it is itself.
+    #[serde(flatten)]
+    pub holds: DiskContent,
 }
 
 /// Changes of a disk are not known.
@@ -99,6 +105,8 @@ pub struct SnapshotInfo {
     pub uuid: Uuid,
     /// The instant, RFC 3339, UTC.
     pub time: String,
+    /// What a restored disk finds, as far as its maker says.
+    pub consistency: Consistency,
     /// Whether a view of it can no longer be read.
     pub broken: bool,
     /// One row a disk.
@@ -122,6 +130,24 @@ pub struct SnapshotDisk {
     pub broken: Option<String>,
     /// Bytes in its store.
     pub store_bytes: u64,
+    /// What it leaves out, if anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<SkippedInfo>,
+}
+
+/// What a view leaves out, which reads as zeros.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SkippedInfo {
+    /// `swap`, `free`.
+    pub kinds: Vec<String>,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl SkippedInfo {
+    fn of(view: &super::View) -> Option<SkippedInfo> {
+        view.skipped().map(|(kinds, bytes)| SkippedInfo { kinds: kinds.to_vec(), bytes })
+    }
 }
 
 /// The manifest of a snapshot.
@@ -131,9 +157,11 @@ struct Manifest<'a> {
     name: &'a str,
     uuid: Uuid,
     time: String,
-    consistency: &'static str,
-    hooks: [String; 0],
+    consistency: Consistency,
+    hooks: Vec<HookNote>,
     disks: Vec<ManifestDisk>,
+    /// What is wrong with partition tables, at most one line a disk.
+    volume_warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -150,6 +178,11 @@ struct ManifestDisk {
     /// Names of the earlier points, oldest first.
     since: Vec<String>,
     full_reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    skipped: Option<SkippedInfo>,
+    /// The volumes in it, and what it is itself.
+    #[serde(flatten)]
+    holds: DiskContent,
 }
 
 /// Version of the manifest's fields.
@@ -163,13 +196,15 @@ pub(super) fn rfc3339(time_ns: i64) -> String {
 impl Snapshot {
     /// What was frozen, and what its maps count from.
     pub fn manifest(&self) -> serde_json::Value {
+        let Notes { consistency, hooks } = self.notes();
+        let volumes = self.volumes();
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             name: self.name(),
             uuid: self.uuid(),
             time: rfc3339(self.time_ns()),
-            consistency: "crash",
-            hooks: [],
+            consistency,
+            hooks,
             disks: self
                 .views()
                 .iter()
@@ -184,8 +219,11 @@ impl Snapshot {
                     reference_uuid: view.reference().map(|point| point.uuid),
                     since: view.since().into_iter().map(|point| point.name).collect(),
                     full_reason: view.full_reason(),
+                    skipped: SkippedInfo::of(view),
+                    holds: DiskContent::of_view(&volumes, view),
                 })
                 .collect(),
+            volume_warnings: volumes.warnings().to_vec(),
         };
         serde_json::to_value(manifest).unwrap_or_default()
     }
@@ -194,6 +232,7 @@ impl Snapshot {
 impl Fleece {
     /// The disks, in name order.
     pub fn disk_infos(&self) -> Vec<DiskInfo> {
+        let volumes = self.live_volumes_soon();
         let info = |disk: std::sync::Arc<super::Disk>| DiskInfo {
             name: disk.name().to_owned(),
             uuid: disk.uuid(),
@@ -206,7 +245,9 @@ impl Fleece {
             tracking: disk.tracking_text(),
             tracking_lost: disk.tracking_loss_info(),
             guards: disk.guards(),
+            opens: disk.opens(),
             store_bytes: disk.chain.load().layers.iter().map(|layer| layer.store.bytes()).sum(),
+            holds: volumes.as_ref().map(|volumes| DiskContent::of_disk(volumes, &disk)).unwrap_or_default(),
         };
         self.disks().into_iter().map(info).collect()
     }
@@ -221,6 +262,7 @@ impl Fleece {
             full_reason: view.full_reason(),
             broken: view.broken(),
             store_bytes: view.store_bytes(),
+            skipped: SkippedInfo::of(view),
         };
         self.snapshots()
             .iter()
@@ -228,6 +270,7 @@ impl Fleece {
                 name: snapshot.name().to_owned(),
                 uuid: snapshot.uuid(),
                 time: rfc3339(snapshot.time_ns()),
+                consistency: snapshot.notes().consistency,
                 broken: snapshot.broken().is_some(),
                 disks: snapshot.views().iter().map(disk).collect(),
             })

@@ -11,6 +11,7 @@
 
 use super::Disk;
 use super::fleece::Fleece;
+use super::skip::{self, Skip};
 use super::snapshot::{Snapshot, Taking, not_taken};
 use super::transaction::{self, Part};
 use super::view::View;
@@ -28,6 +29,7 @@ pub(super) struct NewSnapshot {
     pub uuid: Uuid,
     pub time_ns: i64,
     pub taking: Vec<Taking>,
+    pub skip: Skip,
 }
 
 /// A change of several disks that could not be made durable. The coordinator's directory decides, so it goes first.
@@ -83,9 +85,9 @@ impl FailedChange {
 impl Fleece {
     /// Makes what is prepared happen: `snapshot`, and the changes of `work`, at one instant.
     pub(super) fn make_happen(&self, snapshot: Option<NewSnapshot>, work: &mut Work) -> Result<Option<Arc<Snapshot>>> {
-        let (head, taking) = match snapshot {
-            Some(NewSnapshot { name, uuid, time_ns, taking }) => (Some((name, uuid, time_ns)), taking),
-            None => (None, Vec::new()),
+        let (head, mut taking, skip) = match snapshot {
+            Some(NewSnapshot { name, uuid, time_ns, taking, skip }) => (Some((name, uuid, time_ns)), taking, skip),
+            None => (None, Vec::new(), Skip::default()),
         };
         let id = Uuid::new_v4();
         let mut parts = parts_of(&taking, &work.lists);
@@ -100,9 +102,11 @@ impl Fleece {
         let mut disks: BTreeMap<String, Arc<Disk>> = work.disks().map(named).collect();
         disks.extend(taking.iter().map(|one| named(&one.disk)));
         self.at_one_instant(disks.values(), || {
+            work.publish();
             taking.iter().for_each(Taking::publish);
             work.switch();
         });
+        skip::leave_out(&mut taking, skip);
         let mut sealed = Vec::new();
         let saved = taking.iter().try_for_each(|one| one.seal().map(|entry| sealed.push(entry)));
         // On all disks before the first commit: recovery takes what is in an area for all that was written there.
@@ -122,7 +126,7 @@ impl Fleece {
             });
         }
         for disk in disks.values() {
-            work.begin_holds(disk);
+            work.begin_holds(disk, &self.reaper);
             disk.stop_unnamed();
             disk.renew_loss();
         }
@@ -157,11 +161,15 @@ impl Fleece {
     }
 
     /// I5: all gates, then memory only, then all gates open again. The disks come in name order.
+    ///
+    /// Guests give way meanwhile: where this thread is preempted, those at the gates that it has wait for its next turn.
     fn at_one_instant<'a>(&self, disks: impl Iterator<Item = &'a Arc<Disk>>, switch: impl FnOnce()) {
         let asked = Instant::now();
+        self.counters.give_way(u32::MAX);
         let gates: Vec<_> = disks.map(|disk| disk.gate.write()).collect();
         switch();
         drop(gates);
+        self.counters.give_no_way();
         self.counters.freeze_ns.add(asked.elapsed().as_nanos() as u64);
     }
 }
@@ -189,6 +197,10 @@ fn commit(
     lists: &Lists,
 ) -> Result<()> {
     for part in parts.iter_mut() {
+        let taken = taking.iter().find(|one| Arc::ptr_eq(&one.disk, &part.disk));
+        if let (Some(taken), PreparedAction::Snapshot { layer, .. }) = (taken, &mut part.action) {
+            layer.clone_from(&taken.layer_entry);
+        }
         let Some(new) = lists.new_of(&part.disk) else { continue };
         match &mut part.action {
             PreparedAction::Snapshot { bitmaps, .. } => *bitmaps = Some(new.clone()),
@@ -196,7 +208,7 @@ fn commit(
             _ => (),
         }
     }
-    if parts.len() > 1 && !lists.is_empty() {
+    if parts.len() > 1 && (!lists.is_empty() || taking.iter().any(Taking::leaves_out)) {
         transaction::prepare_again(id, parts)?;
     }
     transaction::commit(id, parts, |index| {
@@ -208,7 +220,7 @@ fn commit(
 
 impl Taking {
     /// The view of what was taken.
-    fn view(&self) -> Option<View> {
+    pub(super) fn view(&self) -> Option<View> {
         View::new(self.disk.clone(), self.layer.clone(), &self.layer_entry)
     }
 }

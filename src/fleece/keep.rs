@@ -30,14 +30,7 @@ pub(super) fn save(layer: &Layer) -> Result<()> {
     }
     layer.store.sync()?;
     for (part, bytes) in parts {
-        let name = file_name(layer.uuid, part);
-        layer.store.io().run("save a view", move |io| {
-            io.dir.remove(&name)?;
-            let file = io.dir.create(&name)?;
-            file.write_at(&bytes, 0)?;
-            file.sync()?;
-            io.dir.sync()
-        })?;
+        layer.store.io().keep("save a view", file_name(layer.uuid, part), bytes)?;
     }
     Ok(())
 }

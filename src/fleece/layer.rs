@@ -224,7 +224,7 @@ impl Layer {
         self.released.get().is_some()
     }
 
-    /// Marks `chunks` released in this layer's view. The caller has claimed their stripes.
+    /// Marks `chunks` released in this layer's view. The caller has claimed their stripes, or punches nothing.
     pub(super) fn set_released(&self, shm: &dyn Shm, chunks: Range<u64>) -> Result<()> {
         let bits = match self.released.get() {
             Some(bits) => bits,

@@ -2,7 +2,8 @@
 //!
 //! Immutable: the union of the sealed bitmaps is made once, from one version of the chain of checkpoints, and `zero`
 //! comes from the view's zero map, which is decided once. A map says too much rather than too little: what cannot be
-//! known counts as changed, with the reason.
+//! known counts as changed, with the reason. What the view leaves out is in each of its maps, as zeros: dirty is what
+//! changed or is left out (Z3 of `skip`).
 
 use super::view::{Point, View};
 use super::zeros::{ZeroCursor, ZeroMap};
@@ -33,6 +34,9 @@ impl ViewMap {
         };
         let tracking = &view.disk.tracking;
         let union = tracking.union(base, view.checkpoint().uuid, view.size())?;
+        for range in view.skipped.ranges() {
+            union.bitmap.mark_unfenced(range.start, range.end - range.start);
+        }
         let base = view.since().into_iter().find(|point| point.uuid == base);
         Ok(ViewMap { bitmap: Some(union.bitmap), everything: union.everything, base, view, zeros })
     }

@@ -12,9 +12,11 @@
 //!
 //! Readers of views yield to the guest: `pace`, `balance`.
 //!
+//! Volumes inside of disks: `scan`, `volumes`; who learns that a table was changed: `watch`.
+//!
 //! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `found`, `recover`, `close`,
 //! `transaction`, `checkpoints`; who else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`,
-//! `bitmaps`, `plan`, `work`, `hold`, `users`.
+//! `bitmaps`, `plan`, `work`, `hold`, `users`. What a job reads: `frozen`.
 
 mod balance;
 mod batch;
@@ -31,6 +33,7 @@ mod fleece;
 mod fold;
 mod foreign;
 mod found;
+mod frozen;
 mod hold;
 mod info;
 mod instant;
@@ -38,6 +41,7 @@ mod keep;
 mod layer;
 mod lost;
 mod map;
+mod notes;
 mod pace;
 mod persistent;
 mod place;
@@ -45,6 +49,8 @@ mod plan;
 mod preserve;
 mod recover;
 mod regions;
+mod scan;
+mod skip;
 mod snapshot;
 mod store;
 mod stripes;
@@ -52,20 +58,32 @@ mod tracking;
 mod transaction;
 mod users;
 mod view;
+mod volume_info;
+mod volumes;
+mod watch;
 mod work;
 mod zeros;
 
+pub use crate::bitmap::{Consistency, HookNote, Notes};
 pub use batch::{Action, Applied, BitmapInfo, BitmapRef, Refused};
+pub use checkpoints::ConsumerLock;
 pub use counters::Counter;
 pub use disk::Disk;
 pub use events::Event;
 pub use fleece::Fleece;
-pub use hold::{Hold, HoldEnd};
-pub use info::{CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SnapshotDisk, SnapshotInfo, TrackingLoss};
+pub use frozen::Frozen;
+pub use hold::{Hold, HoldEnd, KeptDisk};
+pub use info::{
+    CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SkippedInfo, SnapshotDisk, SnapshotInfo, TrackingLoss,
+};
 pub use map::ViewMap;
 pub use place::{Environment, Place, state_dir};
+pub use scan::{FrozenVolumes, LiveVolumes};
+pub use skip::Skip;
 pub use snapshot::{Snapshot, SnapshotRequest};
 pub use view::{Point, View};
+pub use volume_info::{ContentInfo, DiskContent, PlaceInfo, SegmentInfo, VolumeInfo};
+pub use volumes::{FrozenVolume, LiveVolume};
 pub use zeros::ZeroCursor;
 
 use crate::image::{Cache, Format};
@@ -140,6 +158,10 @@ pub struct Options {
     pub cache: Cache,
     /// Percent of its speed that a guest keeps at least while views are read, 0 to 95. 0: readers never wait.
     pub guest_share: u8,
+    /// Whether volumes of live disks can be written to.
+    pub writable_volumes: bool,
+    /// What the views of snapshots leave out, unless the snapshot's own request says otherwise.
+    pub skip: Skip,
 }
 
 impl Default for Options {
@@ -159,6 +181,8 @@ impl Default for Options {
             keep_checkpoints: 1000,
             cache: Cache::default(),
             guest_share: DEFAULT_GUEST_SHARE,
+            writable_volumes: false,
+            skip: Skip::default(),
         }
     }
 }

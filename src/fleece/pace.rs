@@ -9,6 +9,10 @@
 //! * While guests are idle a read costs one load and a comparison, is not cut, and goes beside others.
 //! * One reader at a time, the *head*, waits for what the balance says; the others wait for the head's place. So a
 //!   pause wakes one thread.
+//! * Where the guest keeps more threads busy than there are processors, the requests that end beside a piece *give way*
+//!   to it (`counters`), after their answer where they are writes. So the reader's thread is not one of many: it gets
+//!   what it can use. If that leaves the guest less than its share, the balance finds out, as ever. Readers that never
+//!   wait are given way to as well.
 //! * The last piece of a read is read first. Where the kernel sees no sequence it reads nothing ahead; else it would go
 //!   on, for megabytes, while the guest is to be alone.
 //! * A read never waits longer than [`MAX_WAIT`] in all. Then it goes on without asking: an unmount, the drop of a
@@ -25,10 +29,14 @@ use crate::units::round_down;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Longest that one read waits in all.
 const MAX_WAIT: Duration = Duration::from_millis(250);
+/// So many requests of a guest give way to each piece: as many as come while it is read, answered and followed by the
+/// next one. With 1000 the reader got no more.
+const GIVE_WAY: u32 = 128;
 /// No [`Load`]: more requests in flight than there are threads.
 ///
 /// [`Load`]: super::counters::Load
@@ -43,6 +51,8 @@ pub(super) struct Pace {
     /// What the guests' load was when they were found idle; [`ACTIVE`] where they were not.
     idle_load: AtomicU64,
     start: Instant,
+    /// Processors that this process may use.
+    processors: u32,
     /// Held by the reader that waits for the balance. Taken before `balance`.
     head: Mutex<()>,
     /// A leaf lock (rank 6), never held across I/O.
@@ -76,6 +86,7 @@ impl Pace {
             is_on: percent > 0 && !cfg!(any(feature = "shuttle", loom)),
             idle_load: AtomicU64::new(0),
             start: Instant::now(),
+            processors: thread::available_parallelism().map_or(1, |count| count.get() as u32),
             head: Mutex::new(()),
             balance: Mutex::new(Balance::new(f64::from(percent) / 100.0)),
             ended: Condvar::new(),
@@ -99,6 +110,9 @@ impl Pace {
             }
             let before = rest.len().saturating_sub(bytes);
             let (before, piece) = rest.split_at_mut(before);
+            if self.counters.load().in_flight > self.processors {
+                self.counters.give_way(GIVE_WAY);
+            }
             read(piece, offset + before.len() as u64)?;
             rest = before;
         }
@@ -158,5 +172,35 @@ impl Pace {
 
     fn now_ns(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Requests that give way to a piece that is read beside so many in flight.
+    fn giving_way_beside(in_flight: usize, percent: u8) -> u32 {
+        let counters = Arc::new(Counters::default());
+        let pace = Pace::new(percent, counters.clone());
+        let _guest: Vec<_> = (0..in_flight).map(|_| counters.guest_write(4096)).collect();
+        let mut seen = 0;
+        let read = |_: &mut [u8], _| {
+            seen = counters.giving_way();
+            Ok(())
+        };
+        pace.by_turns(&mut [0; 4096], 0, read).unwrap();
+        seen
+    }
+
+    #[test]
+    fn a_crowd_gives_way_to_a_reader_and_a_few_do_not() {
+        let processors = thread::available_parallelism().unwrap().get();
+        for percent in [0, 50] {
+            assert_eq!(giving_way_beside(0, percent), 0);
+            assert_eq!(giving_way_beside(1, percent), 0);
+            assert_eq!(giving_way_beside(processors, percent), 0);
+            assert_eq!(giving_way_beside(processors + 1, percent), GIVE_WAY);
+        }
     }
 }

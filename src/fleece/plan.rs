@@ -27,6 +27,8 @@ type Checked<T> = std::result::Result<T, Refused>;
 pub(super) struct Plan {
     pub slots: Vec<Slot>,
     pub steps: Vec<Step>,
+    /// Disks that are frozen for jobs: by which step, and the granularity of what is recorded, if anything is.
+    pub freezes: Vec<(usize, Arc<Disk>, Option<u64>)>,
     /// The snapshot that is taken, and by which step.
     pub snapshot: Option<(usize, SnapshotRequest)>,
 }
@@ -164,6 +166,12 @@ impl Plan {
                 self.steps.push(Step::Hold(slot));
                 Ok(())
             }
+            Action::Freeze { disk, record } => {
+                let disk = fleece.disk(disk).map_err(|_| Refused::unknown_device(disk))?;
+                disk.check_freezable()?;
+                self.freezes.push((index, disk, *record));
+                Ok(())
+            }
             Action::Snapshot(request) => {
                 if self.snapshot.is_some() {
                     return Err(Refused::new(errno::EINVAL, "Only one snapshot can be taken in a transaction"));
@@ -198,10 +206,7 @@ impl Plan {
         if name.is_empty() {
             return Err(Refused::new(errno::EINVAL, "Bitmap name cannot be empty"));
         }
-        let disk = fleece.disk(disk_name).map_err(|_| {
-            let text = format!("Cannot find device='{disk_name}' nor node-name='{disk_name}'");
-            Refused::new(errno::ENOENT, text)
-        })?;
+        let disk = fleece.disk(disk_name).map_err(|_| Refused::unknown_device(disk_name))?;
         let granularity = granularity.unwrap_or_else(|| default_granularity(&disk));
         if !granularity.is_power_of_two() || !GRANULARITY_RANGE.contains(&granularity) {
             return Err(Refused::new(errno::EINVAL, "Granularity must be power of 2 and at least 512"));

@@ -20,6 +20,7 @@ use super::disk::Disk;
 use super::events::Event;
 use super::layer::Layer;
 use super::stripes::Claim;
+use super::watch::Permit;
 use crate::error::{Error, Result, errno};
 use crate::storage::buffer::AlignedBuf;
 use crate::storage::watch::Rest;
@@ -60,6 +61,7 @@ pub(super) struct Answered<'a, D> {
     pub disk: &'a Arc<Disk>,
     pub data: &'a [u8],
     pub offset: u64,
+    pub permit: &'a Permit,
     /// None once somebody else answers.
     pub done: Option<D>,
 }
@@ -73,7 +75,8 @@ impl<D: FnOnce(Result<usize>) + Send + 'static> Wait for Answered<'_, D> {
         };
         let mut data = AlignedBuf::uncleared(self.data.len());
         data.copy_from_slice(self.data);
-        let late = Late { disk: self.disk.clone(), layer: layer.clone(), data, offset: self.offset, done };
+        let (disk, layer_of) = (self.disk.clone(), layer.clone());
+        let late = Late { disk, layer: layer_of, data, offset: self.offset, permit: self.permit.clone(), done };
         let written = place.run(late, || layer.store.write_here(&old, offset, layer.chunk));
         let Some((late, written)) = written else { return Ok(Caller::IsReplaced) };
         self.done = Some(late.done);
@@ -87,6 +90,7 @@ struct Late<D> {
     layer: Arc<Layer>,
     data: AlignedBuf,
     offset: u64,
+    permit: Permit,
     done: D,
 }
 
@@ -94,7 +98,7 @@ impl<D: FnOnce(Result<usize>) + Send + 'static> Rest for Late<D> {
     fn take_over(self) {
         let answer = match self.disk.not_kept(&self.layer, self.layer.store.hangs()) {
             // The layer is broken and its store not asked any more; a newer layer's is, with a limit.
-            Ok(()) => self.disk.write_pieces(&self.data, self.offset, &mut Waits).map(|(count, _)| count),
+            Ok(()) => self.disk.write_pieces(&self.data, self.offset, &self.permit, &mut Waits).map(|(count, _)| count),
             Err(e) => Err(e),
         };
         (self.done)(answer);

@@ -7,17 +7,21 @@
 
 use super::fleece::{Fleece, Reaper};
 use super::layer::{Layer, LayerWords};
+use super::notes::check_notes;
+use super::skip::Skip;
 use super::tracking::{Recording, recording_checkpoint, recording_entry};
 use super::transaction::{self, Part};
 use super::view::{Point, View};
 use super::work::Work;
 use super::{Disk, Since};
 use crate::bitmap::{
-    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, PreparedAction, SnapshotEntry,
+    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, LayerEntry, Notes, PreparedAction,
+    SkippedEntry, SnapshotEntry,
 };
 use crate::error::{Error, Result, errno};
 use crate::sync::Mutex;
 use crate::units::{DEFAULT_GRANULARITY, check_name};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -35,6 +39,10 @@ pub struct SnapshotRequest {
     pub disks: Vec<String>,
     /// The reference point; None: the newest completed checkpoint of each disk.
     pub since: Option<Since>,
+    /// What its maker says of it.
+    pub notes: Notes,
+    /// What its views leave out; None: as the mount says.
+    pub skip: Option<Skip>,
 }
 
 /// A frozen view of one or more disks, all at one instant.
@@ -46,6 +54,7 @@ pub struct Snapshot {
     views: Vec<Arc<View>>,
     /// Shared with the snapshot object that this one replaced when a disk of it was added.
     holds: Arc<Mutex<Holds>>,
+    pub(super) volumes: super::scan::Once,
     reaper: Reaper,
 }
 
@@ -59,7 +68,8 @@ struct Holds {
 
 impl Snapshot {
     pub(super) fn new(name: String, uuid: Uuid, time_ns: i64, views: Vec<Arc<View>>, reaper: Reaper) -> Self {
-        Snapshot { name, uuid, time_ns, views, holds: Arc::new(Mutex::new(Holds::default())), reaper }
+        let (holds, volumes) = (Arc::new(Mutex::new(Holds::default())), super::scan::Once::default());
+        Snapshot { name, uuid, time_ns, views, holds, volumes, reaper }
     }
 
     /// The same snapshot with the view of one more disk.
@@ -73,6 +83,8 @@ impl Snapshot {
             time_ns: self.time_ns,
             views,
             holds: self.holds.clone(),
+            // A logical volume may lie on that disk, too.
+            volumes: super::scan::Once::default(),
             reaper: self.reaper.clone(),
         }
     }
@@ -179,6 +191,7 @@ impl Fleece {
     /// Whether a snapshot can be named so, and its disks are there.
     pub(super) fn check_request(&self, request: &SnapshotRequest) -> Result<()> {
         check_name("snapshot", &request.name)?;
+        check_notes(&request.notes)?;
         self.check_name_free(&request.name)?;
         self.chosen_disks(&request.disks).map(drop)
     }
@@ -360,8 +373,17 @@ impl Taking {
             }
         };
         let layer = Arc::new(Layer::new(layer_uuid, seq, size, chunk, store, words));
-        let snapshot =
-            SnapshotEntry { uuid, name: request.name.clone(), time_ns, checkpoint: uuid, reference, full_reason };
+        let notes = request.notes.clone();
+        let snapshot = SnapshotEntry {
+            uuid,
+            name: request.name.clone(),
+            time_ns,
+            checkpoint: uuid,
+            reference,
+            full_reason,
+            notes,
+            skipped: None,
+        };
         let layer_entry =
             LayerEntry { uuid: layer_uuid, seq, size, chunk, store: disk.store_io.path(), snapshot: Some(snapshot) };
         let everything = disk.flush_failure();
@@ -399,6 +421,31 @@ impl Taking {
             self.disk.chain.store(Arc::new(chain));
         }
         self.switch(self.old.as_ref(), &self.recording);
+    }
+
+    /// The view is to leave these ranges out. They count as changed from here on (Z2 of `skip`): whoever commits syncs the
+    /// sidecar before.
+    pub(super) fn leave_out(&mut self, ranges: &[Range<u64>], entry: SkippedEntry) -> Result<()> {
+        for range in ranges {
+            self.recording.bitmap.mark(range.start, range.end - range.start);
+        }
+        if let Some(area) = &self.recording.area {
+            self.disk.tracking.sidecar.write_bits(area, self.recording.bitmap.bits())?;
+        }
+        // An error comes before the first of them.
+        for range in ranges {
+            let chunks = self.layer.chunks_of(range.start, range.end - range.start);
+            self.layer.set_released(&*self.disk.tracking.shm, chunks)?;
+        }
+        if let Some(snapshot) = &mut self.layer_entry.snapshot {
+            snapshot.skipped = Some(entry);
+        }
+        Ok(())
+    }
+
+    /// Whether the view leaves something out.
+    pub(super) fn leaves_out(&self) -> bool {
+        self.layer_entry.snapshot.as_ref().is_some_and(|snapshot| snapshot.skipped.is_some())
     }
 
     /// The snapshot stands: what recorded until then is in the sidecar.

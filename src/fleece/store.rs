@@ -109,6 +109,17 @@ impl StoreIo {
         self.pool.run(what, move || job(&io))
     }
 
+    /// Writes a file of the store directory anew; durable when it returns.
+    pub(super) fn keep(self: &Arc<Self>, what: &str, name: String, bytes: Vec<u8>) -> Result<()> {
+        self.run(what, move |io| {
+            io.dir.remove(&name)?;
+            let file = io.dir.create(&name)?;
+            file.write_at(&bytes, 0)?;
+            file.sync()?;
+            io.dir.sync()
+        })
+    }
+
     /// Makes the store of a new layer, or says why a snapshot cannot even begin (I7).
     pub(super) fn create(self: &Arc<Self>, layer: Uuid, size: u64) -> Result<Store> {
         let name = store_name(layer);

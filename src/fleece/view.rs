@@ -11,6 +11,7 @@ use super::chain::{Chain, Source};
 use super::disk::Disk;
 use super::layer::Layer;
 use super::map::ViewMap;
+use super::skip::Skipped;
 use super::store::{Piece, read_pieces};
 use crate::bitmap::LayerEntry;
 use crate::error::{Error, Result, errno};
@@ -48,6 +49,8 @@ pub struct View {
     full_reason: Option<String>,
     time_ns: i64,
     zeros: super::zeros::Zeros,
+    /// What reads as zeros whatever the layers and the image have.
+    pub(super) skipped: Skipped,
 }
 
 /// What a read takes from stores.
@@ -75,6 +78,7 @@ impl View {
         let name_of = |uuid: Uuid| directory.checkpoints.iter().find(|c| c.uuid == uuid).map(|c| c.name.clone());
         let reference = snapshot.reference.and_then(|uuid| Some(Point { name: name_of(uuid)?, uuid }));
         let zeros = super::zeros::Zeros::new(disk.store_io.clone(), layer.uuid);
+        let skipped = Skipped::load(&disk.store_io, layer.uuid, snapshot.skipped.as_ref(), layer.size);
         Some(View {
             checkpoint: Point { name: snapshot.name.clone(), uuid: snapshot.checkpoint },
             reference,
@@ -82,9 +86,27 @@ impl View {
             snapshot: snapshot.uuid,
             time_ns: snapshot.time_ns,
             zeros,
+            skipped,
             disk,
             layer,
         })
+    }
+
+    /// The view of a layer that is nobody's snapshot.
+    pub(super) fn of_job(disk: Arc<Disk>, layer: Arc<Layer>) -> View {
+        let zeros = super::zeros::Zeros::new(disk.store_io.clone(), layer.uuid);
+        let time_ns = crate::storage::clock::now_ns();
+        View {
+            checkpoint: Point { name: "of a job".to_owned(), uuid: layer.uuid },
+            reference: None,
+            full_reason: None,
+            snapshot: layer.uuid,
+            time_ns,
+            zeros,
+            skipped: Skipped::default(),
+            disk,
+            layer,
+        }
     }
 
     /// The disk's name.
@@ -149,7 +171,12 @@ impl View {
 
     /// Why the view can no longer be read, if so.
     pub fn broken(&self) -> Option<String> {
-        self.disk.chain.load().broken(self.layer.seq)
+        self.skipped.unreadable().map(str::to_owned).or_else(|| self.disk.chain.load().broken(self.layer.seq))
+    }
+
+    /// What the view leaves out, which reads as zeros: of what kinds, and how many bytes.
+    pub fn skipped(&self) -> Option<(&[String], u64)> {
+        self.skipped.told().map(|told| (&told.kinds[..], told.bytes))
     }
 
     /// Why the view cannot have been read as a whole: it is broken, or chunks that it still shows are lost.
@@ -184,8 +211,30 @@ impl View {
         answer.map(|()| len)
     }
 
+    /// Reads a little without waiting for the guest, at most up to the end of the view; returns the count.
+    pub(super) fn read_now(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let len = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let Some(buf) = buf.get_mut(..len).filter(|buf| !buf.is_empty()) else { return Ok(0) };
+        let answer = self.read_unchecked(buf, offset);
+        self.check_last(offset, len as u64)?;
+        answer.map(|()| len)
+    }
+
     /// Reads without the last look at `broken` and `released`.
     fn read_unchecked(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        for (bytes, is_skipped) in self.skipped.runs(offset, buf.len() as u64) {
+            let part = &mut buf[(bytes.start - offset) as usize..(bytes.end - offset) as usize];
+            if is_skipped {
+                part.fill(0);
+            } else {
+                self.read_kept(part, bytes.start)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same where nothing is left out.
+    fn read_kept(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let end = offset + buf.len() as u64;
         let chunks = self.layer.chunks_of(offset, buf.len() as u64);
         let mut copies = Copies::default();
@@ -283,6 +332,12 @@ impl View {
         if len == 0 {
             return Ok(BlockStatus { len: 0, zero: true });
         }
+        let (is_skipped, end) = self.skipped.run(offset, offset + len);
+        let len = end - offset;
+        if is_skipped {
+            self.check_whole(&self.disk.chain.load(), offset)?;
+            return Ok(BlockStatus { len, zero: true });
+        }
         let chunks = self.layer.chunks_of(offset, len);
         loop {
             let chain = self.disk.chain.load();
@@ -312,6 +367,30 @@ impl View {
                 None => status,
             });
         }
+    }
+
+    /// Whether a run of the view may be data or zeros of the image itself, not of what lies below it, and how long that
+    /// holds on (at most `len`). What was overwritten since counts as the image's own.
+    pub fn is_own(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        let len = len.min(self.size().saturating_sub(offset)).min(MAX_STATUS_BYTES);
+        let (is_skipped, end) = self.skipped.run(offset, offset + len);
+        let len = end - offset;
+        if is_skipped {
+            return Ok((true, len));
+        }
+        let chunks = self.layer.chunks_of(offset, len);
+        let answer = self.disk.image().is_own(offset, len);
+        full_fence();
+        let chain = self.disk.chain.load();
+        self.check_whole(&chain, offset)?;
+        let overwritten = chain.first_set(self.layer.seq, chunks.clone());
+        if overwritten == Some(chunks.start) {
+            let (_, run_end) = chain.source(self.layer.seq, chunks.clone());
+            return Ok((true, self.cut(chunks.start..run_end, offset..offset + len).end - offset));
+        }
+        let (own, run) = answer?;
+        let most = overwritten.map_or(len, |first| first * self.layer.chunk - offset);
+        Ok((own, run.min(most)))
     }
 
     /// Asks the image for the status of a run, then looks again (I3). None: the first chunk's answer is void.
@@ -345,7 +424,11 @@ impl View {
     fn check_last(&self, offset: u64, len: u64) -> Result<()> {
         full_fence();
         self.check_whole(&self.disk.chain.load(), offset)?;
-        if self.layer.first_released(self.layer.chunks_of(offset, len)).is_some() {
+        // Nobody needs what is left out, so it counts as released.
+        let is_released = |bytes: Range<u64>| {
+            self.layer.first_released(self.layer.chunks_of(bytes.start, bytes.end - bytes.start)).is_some()
+        };
+        if self.skipped.runs(offset, len).any(|(bytes, is_skipped)| !is_skipped && is_released(bytes)) {
             return Err(self.error(offset, "the range was released".to_owned()));
         }
         Ok(())
@@ -359,8 +442,8 @@ impl View {
             let what = format!("snapshot '{}', disk '{}'", self.checkpoint.name, self.disk.name());
             return Err(Error::new(errno::ESTALE, what, "it was dropped").at_offset(offset));
         }
-        if seen.iter().any(|layer| layer.is_broken()) {
-            let reason = chain.broken(self.layer.seq).unwrap_or_default();
+        if self.skipped.unreadable().is_some() || seen.iter().any(|layer| layer.is_broken()) {
+            let reason = self.broken().unwrap_or_default();
             return Err(self
                 .error(offset, format!("the view is broken: {reason}"))
                 .hint("cancel the snapshot and take a new one; no change is forgotten"));
@@ -378,7 +461,7 @@ impl View {
     }
 
     /// 'I have read this': the whole chunks inside the range give their store space back, and the guest no longer pays
-    /// for them; reads of them fail from now on.
+    /// for them; reads of them fail from now on, but for what the view leaves out.
     pub fn release(&self, offset: u64, len: u64) -> Result<()> {
         let end = offset.saturating_add(len).min(self.size());
         let start = round_up(offset.min(end), self.layer.chunk);

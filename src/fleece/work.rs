@@ -14,7 +14,9 @@
 //! 1 TiB at 64 KiB a bit.
 
 use super::disk::Disk;
-use super::hold::Held;
+use super::fleece::Reaper;
+use super::frozen::{Freezing, Frozen};
+use super::hold::{Held, Hold};
 use super::plan::{Origin, Plan, Slot, Step};
 use super::tracking::{Recording, Tracking, recording_entry};
 use crate::bitmap::{BitmapEntry, CheckpointState, Directory, DirtyBitmap, UserBitmap, UserBitmapState};
@@ -101,6 +103,9 @@ pub(super) struct Work {
     plan: Plan,
     bits: Vec<Prepared>,
     holds: Vec<NewHold>,
+    /// Views for jobs, with the index of their steps.
+    freezes: Vec<Freezing>,
+    frozen: Vec<Frozen>,
     pub lists: Lists,
     /// Why bits could not be put together.
     failed: Option<crate::error::Error>,
@@ -126,8 +131,9 @@ struct NewHold {
 impl Work {
     /// Loads what the plan reads, and makes what is to record. Nothing is visible yet.
     pub(super) fn prepare(plan: Plan) -> Result<Work> {
-        let mut work = Work { plan, bits: Vec::new(), holds: Vec::new(), lists: Lists::default(), failed: None };
+        let mut work = Work { plan, ..Work::default() };
         let made = work.keep_removed().and_then(|()| work.prepare_bits()).and_then(|()| work.prepare_holds());
+        let made = made.and_then(|()| work.prepare_freezes());
         made.inspect_err(|_| work.forget()).map(|()| work)
     }
 
@@ -164,6 +170,15 @@ impl Work {
         Ok(())
     }
 
+    fn prepare_freezes(&mut self) -> Result<()> {
+        for (_, disk, record) in &self.plan.freezes {
+            disk.check_foreign()?;
+            disk.begin_again()?;
+            self.freezes.push(Freezing::prepare(disk, *record)?);
+        }
+        Ok(())
+    }
+
     /// Nothing was published: all that was made goes.
     pub(super) fn forget(&self) {
         for (slot, bits) in self.plan.slots.iter().zip(&self.bits) {
@@ -173,15 +188,29 @@ impl Work {
             let tracking = &self.plan.slots[hold.slot].disk.tracking;
             hold.successor.iter().for_each(|successor| tracking.forget_words(successor.uuid));
         }
+        self.thaw();
+    }
+
+    /// The batch failed: what was frozen for jobs goes, published or not.
+    pub(super) fn thaw(&self) {
+        self.freezes.iter().for_each(Freezing::forget);
     }
 
     /// The disks whose gates it needs.
     pub(super) fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
-        self.plan.slots.iter().map(|slot| &slot.disk)
+        let frozen = self.freezes.iter().map(|freezing| &freezing.disk);
+        self.plan.slots.iter().map(|slot| &slot.disk).chain(frozen)
+    }
+
+    /// The instant, before layers of snapshots are published, which come after these in their disks' chains. The gates of
+    /// all disks are held.
+    pub(super) fn publish(&self) {
+        self.freezes.iter().for_each(Freezing::publish);
     }
 
     /// The instant. The gates of all disks are held.
     pub(super) fn switch(&mut self) {
+        self.freezes.iter().for_each(Freezing::record);
         if let Err(e) = self.evaluate() {
             self.failed = Some(e);
             return;
@@ -274,8 +303,10 @@ impl Work {
         Ok(())
     }
 
-    /// The batch stands: the holds of a disk begin.
-    pub(super) fn begin_holds(&mut self, disk: &Arc<Disk>) {
+    /// The batch stands: the holds of a disk begin, those of its views for jobs too.
+    pub(super) fn begin_holds(&mut self, disk: &Arc<Disk>, reaper: &Reaper) {
+        let frozen = self.freezes.iter().filter(|freezing| Arc::ptr_eq(&freezing.disk, disk));
+        self.frozen.extend(frozen.map(|freezing| freezing.begin(reaper.clone())));
         for hold in &mut self.holds {
             if Arc::ptr_eq(&self.plan.slots[hold.slot].disk, disk)
                 && let Some(held) = &hold.held
@@ -285,9 +316,11 @@ impl Work {
         }
     }
 
-    /// The holds, in the order of their steps.
-    pub(super) fn into_holds(self) -> Vec<Arc<Held>> {
-        self.holds.into_iter().filter_map(|hold| hold.held).collect()
+    /// The holds, and the views for jobs, each in the order of their steps.
+    pub(super) fn into_made(mut self) -> (Vec<Hold>, Vec<Frozen>) {
+        let order = |frozen: &Frozen| self.freezes.iter().position(|freezing| freezing.is(frozen));
+        self.frozen.sort_by_key(order);
+        (self.holds.into_iter().filter_map(|hold| hold.held).map(Hold).collect(), self.frozen)
     }
 }
 

@@ -84,7 +84,7 @@ impl Drop for Adapter {
 }
 
 fn failed(what: &str, inode: Option<&Inode>, e: &Error) -> Errno {
-    let live = inode.is_some_and(|inode| matches!(inode.node, Node::Live(_)));
+    let live = inode.is_some_and(|inode| inode.node.is_live());
     if live && e.errno() == errno::EIO {
         log::warn!("{what}: {e}");
     } else {
@@ -232,7 +232,7 @@ impl Adapter {
         let same = mode.is_none_or(|mode| mode & 0o7777 == u32::from(attr.perm))
             && uid.is_none_or(|uid| uid == owner.0)
             && gid.is_none_or(|gid| gid == owner.1);
-        if same && (!times || matches!(inode.node, Node::Live(_))) {
+        if same && (!times || inode.node.is_live()) {
             return Ok(attr);
         }
         let errno = if inode.node.snapshot().is_some() { errno::EROFS } else { errno::EPERM };
@@ -255,13 +255,22 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         caught("lookup", || {
-            let found = self.tree.inode(parent.0).and_then(|parent| self.tree.find(&parent, text(name)?));
             let (tree, owner) = (self.tree.clone(), self.owner);
+            let entered = move |reply, attr: Result<Attr>| {
+                answer("lookup", None, reply, attr, |reply, attr| Self::send_entry(owner, &attr, reply));
+            };
+            let parent = match self.tree.inode(parent.0) {
+                Ok(parent) if parent.node.is_slow_to_list() => {
+                    let name = name.to_owned();
+                    return self.lane.run(move || {
+                        entered(reply, text(&name).and_then(|name| tree.lookup(&parent, name)));
+                    });
+                }
+                parent => parent,
+            };
+            let found = parent.and_then(|parent| self.tree.find(&parent, text(name)?));
             answer("lookup", None, reply, found, |reply, node| {
-                let job = move || {
-                    let entered = tree.enter(node);
-                    answer("lookup", None, reply, entered, |reply, attr| Self::send_entry(owner, &attr, reply));
-                };
+                let job = move || entered(reply, tree.enter(node));
                 if node.is_slow_to_stat() { self.lane.run(job) } else { job() }
             });
         });
@@ -382,7 +391,7 @@ impl Filesystem for Adapter {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         _write_flags: WriteFlags,
@@ -394,7 +403,7 @@ impl Filesystem for Adapter {
             Ok(inode) => {
                 let sync = flags.0 & flags::O_DSYNC != 0;
                 let asked = inode.clone();
-                self.tree.write_then(&inode, offset, data, sync, move |count| {
+                self.tree.write_then(&inode, fh.0, offset, data, sync, move |count| {
                     // A request carries at most MAX_TRANSFER bytes.
                     answer("write", Some(&asked), reply, count, |reply, count| reply.written(count as u32));
                 });
@@ -426,9 +435,9 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.serve("fsync", ino, never, reply, |tree, inode, reply| {
-            answer("fsync", Some(inode), reply, tree.fsync(inode), |reply, ()| reply.ok());
+    fn fsync(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.serve("fsync", ino, never, reply, move |tree, inode, reply| {
+            answer("fsync", Some(inode), reply, tree.fsync(inode, fh.0), |reply, ()| reply.ok());
         });
     }
 
@@ -437,7 +446,7 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        self.serve("readdir", ino, never, reply, move |tree, inode, reply| {
+        self.serve("readdir", ino, Node::is_slow_to_list, reply, move |tree, inode, reply| {
             answer("readdir", Some(inode), reply, tree.readdir(inode, offset), |mut reply, entries| {
                 for entry in entries {
                     if reply.add(INodeNo(entry.ino), entry.offset, file_type(entry.kind), &entry.name) {
@@ -453,16 +462,8 @@ impl Filesystem for Adapter {
         caught("statfs", || {
             let statfs = self.tree.statfs();
             // All of it free: nothing here fills up, and who watches for full file systems need not wake anybody.
-            reply.statfs(
-                statfs.blocks,
-                statfs.blocks,
-                statfs.blocks,
-                0,
-                0,
-                statfs.block,
-                statfs.name_len,
-                statfs.block,
-            );
+            let all = statfs.blocks;
+            reply.statfs(all, all, all, 0, 0, statfs.block, statfs.name_len, statfs.block);
         });
     }
 
@@ -470,14 +471,14 @@ impl Filesystem for Adapter {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
         self.serve("fallocate", ino, Node::is_slow, reply, move |tree, inode, reply| {
-            let done = tree.fallocate(inode, mode, offset, length);
+            let done = tree.fallocate(inode, fh.0, mode, offset, length);
             answer("fallocate", Some(inode), reply, done, |reply, ()| reply.ok());
         });
     }

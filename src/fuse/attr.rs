@@ -34,7 +34,7 @@ impl Attr {
     /// `snapshots/` is readable by whom `mode` lets read.
     pub fn perm(node: &Node, mode: u32) -> u16 {
         let perm = match node {
-            Node::Live(_) => mode & 0o666,
+            Node::Live(_) | Node::LiveVolume { .. } => mode & 0o666,
             Node::Status | Node::Metrics => 0o444,
             // fallocate(1) opens what it punches for reading, too.
             Node::View { item: super::node::Item::Release, .. } => mode & 0o666,
@@ -60,9 +60,9 @@ impl Attr {
     }
 
     /// Blocks of a file that may have holes: one less than its size, as cp(1) and tar(1) look for holes only where
-    /// fewer blocks than bytes are allocated.
+    /// fewer blocks than bytes are allocated. Never none where there is content: that is one hole to tar.
     pub fn sparse_blocks(size: u64) -> u64 {
-        (size / 512).saturating_sub(1)
+        (size / 512).saturating_sub(1).max(u64::from(size > 0))
     }
 }
 
@@ -88,4 +88,14 @@ pub struct DirEntry {
     pub kind: Kind,
     /// The name.
     pub name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_with_content_has_blocks_and_room_for_holes() {
+        assert_eq!([0, 1, 512, 1024, 4096].map(Attr::sparse_blocks), [0, 1, 1, 1, 7]);
+    }
 }

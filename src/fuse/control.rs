@@ -96,14 +96,20 @@ impl Control {
     /// Makes changes of bitmaps and snapshots at one instant; where there is a snapshot among them, as
     /// [`Control::create_snapshot`] does. Not for a FUSE worker.
     pub fn apply(self: &Arc<Self>, actions: &[Action]) -> std::result::Result<Applied, Refused> {
-        if !actions.iter().any(|action| matches!(action, Action::Snapshot(_))) {
+        let freezes = |action: &Action| matches!(action, Action::Snapshot(_) | Action::Freeze { .. });
+        if !actions.iter().any(freezes) {
             return self.tree.fleece.apply(actions);
         }
         let actions = actions.to_vec();
         let applied = self.on_thread(move |control| {
             for action in &actions {
-                if let Action::Snapshot(request) = action {
-                    control.write_back(request);
+                match action {
+                    Action::Snapshot(request) => control.write_back(request),
+                    Action::Freeze { disk, .. } => {
+                        let (name, disks) = ("of a job".to_owned(), vec![disk.clone()]);
+                        control.write_back(&SnapshotRequest { name, disks, ..SnapshotRequest::default() });
+                    }
+                    _ => (),
                 }
             }
             control.tree.fleece.apply(&actions)

@@ -2,14 +2,14 @@
 //!
 //! A live file behaves as a block device: its size is the disk's, a write past the end is ENOSPC, a read there is
 //! empty. A frozen file is read-only. Ranges that a request asks for are cut to the file here; the core gets none
-//! that reach past the end.
+//! that reach past the end. A live volume is a live file but for its size, which nobody changes.
 
 use super::attr::Attr;
 use super::inodes::{Inode, Target};
 use super::node::{Item, Node};
 use super::tree::{Tree, reference};
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Disk, View, ViewMap};
+use crate::fleece::{View, ViewMap};
 use std::sync::Arc;
 
 /// EBADF of errno(3).
@@ -89,6 +89,16 @@ impl Tree {
                 self.inodes.opened(inode);
                 Ok(Opened { handle: 0, caching: Caching::NoneParallel })
             }
+            Node::LiveVolume { disk, volume } => {
+                if access.write && !self.is_writable(&*self.live_volume(disk, volume)?) {
+                    return Err(
+                        read_only("volume").hint("volumes are writable with `fleecefs mount --writable-volumes`")
+                    );
+                }
+                let handle = self.open_live_volume(inode, disk, volume)?;
+                self.inodes.opened(inode);
+                Ok(Opened { handle, caching: Caching::NoneParallel })
+            }
             Node::View { snapshot, item, .. } => {
                 let release = item == Item::Release;
                 if release && !access.write {
@@ -127,7 +137,8 @@ impl Tree {
 
     /// The close of one [`Tree::open`]. An open that an earlier process answered is none of ours to give back.
     pub fn release(&self, inode: &Inode, handle: u64) {
-        self.texts.drop(inode.ino, handle);
+        self.texts.take(inode.ino, handle);
+        self.close_live_volume(inode.ino, handle);
         let pinned = inode.pinned();
         if !self.inodes.closed(inode) {
             return;
@@ -142,7 +153,10 @@ impl Tree {
     }
 
     /// What a file's bytes come from; found again where no open of this process has pinned it.
-    fn target(&self, inode: &Inode) -> Result<Arc<Target>> {
+    fn target(&self, inode: &Inode, handle: u64) -> Result<Arc<Target>> {
+        if matches!(inode.node, Node::LiveVolume { .. }) {
+            return Ok(Arc::new(Target::LiveVolume(self.live_volume_behind(inode, handle)?)));
+        }
         match inode.pinned() {
             Some(target) => Ok(target),
             None => self.make_target(&inode.node),
@@ -161,6 +175,9 @@ impl Tree {
                     Item::Map => Target::Map(self.map(&view, reference(&view), crate::backup::MapFormat::Json)?),
                     Item::SinceMap(base, format) => Target::Map(self.map(&view, Some(base), format)?),
                     Item::Dir | Item::SinceDir | Item::Since(_) => return Err(not_a_file()),
+                    Item::Volumes | Item::Volume(_) | Item::VolumeMap(_) => {
+                        self.volume_target(&view, item)?.ok_or_else(not_a_file)?
+                    }
                 }
             }
             _ => return Err(not_a_file()),
@@ -177,9 +194,11 @@ impl Tree {
         if is_release(&inode.node) {
             return Err(Error::new(EBADF, "release.raw", "cannot be read"));
         }
-        match &*self.target(inode)? {
+        match &*self.target(inode, handle)? {
             Target::Disk(disk) => disk.read(buf, offset),
             Target::View(view) => view.read(buf, offset),
+            Target::LiveVolume(volume) => volume.read(buf, offset),
+            Target::Volume(volume) => volume.read(buf, offset),
             Target::Changed(changes) => read_changed(changes, offset, buf),
             Target::Map(map) => map.read_at(buf, offset),
         }
@@ -190,39 +209,42 @@ impl Tree {
     pub fn write_then(
         &self,
         inode: &Inode,
+        handle: u64,
         offset: u64,
         data: &[u8],
         sync: bool,
         done: impl FnOnce(Result<usize>) + Send + 'static,
     ) {
-        let disk = match self.live(inode) {
-            Ok(disk) => disk,
+        let target = match self.writable(inode, handle) {
+            Ok(target) => target,
             Err(e) => return done(Err(e)),
         };
-        if !sync {
-            return disk.write_then(data, offset, done);
+        let synced = target.clone();
+        let done = move |count: Result<usize>| {
+            done(count.and_then(|count| if sync { flush(&synced).map(|()| count) } else { Ok(count) }));
+        };
+        match &*target {
+            Target::Disk(disk) => disk.write_then(data, offset, done),
+            Target::LiveVolume(volume) => volume.write_then(data, offset, done),
+            _ => done(Err(Error::new(errno::EINVAL, "release.raw", "takes hole punching alone"))),
         }
-        let synced = disk.clone();
-        disk.write_then(data, offset, move |count| done(count.and_then(|count| synced.flush().map(|()| count))));
     }
 
     /// Makes what was written to a live file durable; there is nothing to do elsewhere.
-    pub fn fsync(&self, inode: &Inode) -> Result<()> {
-        match &inode.node {
-            Node::Live(_) => self.live(inode)?.flush(),
-            _ => Ok(()),
-        }
+    pub fn fsync(&self, inode: &Inode, handle: u64) -> Result<()> {
+        if inode.node.is_live() { flush(&*self.target(inode, handle)?) } else { Ok(()) }
     }
 
     /// fallocate(2) with its mode: discard and write-zeroes on a live file, release on `release.raw`.
     ///
     /// A block device's rules at the end: with KEEP_SIZE what lies behind it is cut off, else it is ENOSPC.
-    pub fn fallocate(&self, inode: &Inode, mode: i32, offset: u64, len: u64) -> Result<()> {
+    pub fn fallocate(&self, inode: &Inode, handle: u64, mode: i32, offset: u64, len: u64) -> Result<()> {
         const DISCARD: i32 = falloc::PUNCH_HOLE | falloc::KEEP_SIZE;
         let unsupported = || Error::new(errno::EOPNOTSUPP, "fallocate", format!("mode {mode:#x} is not supported"));
-        let target = self.live_or_release(inode)?;
+        let target = self.writable(inode, handle)?;
         let size = match &*target {
             Target::Disk(disk) => disk.size(),
+            Target::LiveVolume(volume) => volume.size(),
             Target::View(view) => view.size(),
             _ => return Err(unsupported()),
         };
@@ -234,15 +256,13 @@ impl Tree {
             (_, DISCARD) if inside == 0 => Ok(()),
             (Target::View(view), DISCARD) => view.release(offset, inside),
             (Target::Disk(disk), DISCARD) => disk.discard(offset, inside),
-            (Target::Disk(disk), mode) if mode & !falloc::KEEP_SIZE == falloc::ZERO_RANGE => {
-                if inside == 0 {
-                    Ok(())
-                } else {
-                    disk.write_zeroes(offset, inside)
-                }
-            }
+            (Target::LiveVolume(volume), DISCARD) => volume.discard(offset, inside),
             // All of a disk is allocated as far as the guest can tell.
-            (Target::Disk(_), 0 | falloc::KEEP_SIZE) => Ok(()),
+            (Target::Disk(_) | Target::LiveVolume(_), 0 | falloc::KEEP_SIZE) => Ok(()),
+            (_, mode) if mode & !falloc::KEEP_SIZE != falloc::ZERO_RANGE => Err(unsupported()),
+            (Target::Disk(_) | Target::LiveVolume(_), _) if inside == 0 => Ok(()),
+            (Target::Disk(disk), _) => disk.write_zeroes(offset, inside),
+            (Target::LiveVolume(volume), _) => volume.write_zeroes(offset, inside),
             _ => Err(unsupported()),
         }
     }
@@ -254,7 +274,7 @@ impl Tree {
             let size = self.text_behind(inode.ino, &inode.node, Some(handle))?.len() as u64;
             return find(size, offset, whence, all_data);
         }
-        match &*self.target(inode)? {
+        match &*self.target(inode, handle)? {
             _ if is_release(&inode.node) => find(self.getattr(inode, None)?.size, offset, whence, all_data),
             Target::Map(map) => find(map.len(), offset, whence, all_data),
             Target::Disk(disk) => find(disk.size(), offset, whence, |offset, len| {
@@ -263,6 +283,12 @@ impl Tree {
             Target::View(view) => find(view.size(), offset, whence, |offset, len| {
                 view.block_status(offset, len).map(|status| (status.zero, status.len))
             }),
+            Target::LiveVolume(volume) => find(volume.size(), offset, whence, |offset, len| {
+                volume.block_status(offset, len).map(|status| (status.zero, status.len))
+            }),
+            Target::Volume(volume) => find(volume.size(), offset, whence, |offset, len| {
+                volume.block_status(offset, len).map(|status| (status.zero, status.len))
+            }),
             Target::Changed(changes) => find(changes.view().size(), offset, whence, |offset, len| {
                 let (dirty, len) = changes.dirty_run(offset, len);
                 Ok((!dirty, len))
@@ -270,13 +296,18 @@ impl Tree {
         }
     }
 
-    /// truncate(2): resizes a live disk.
+    /// truncate(2): resizes a live disk. A volume keeps its size.
     ///
     /// Without a handle, size 0 is O_TRUNC of an open as well as truncate(2) of a path. It is answered with the size as
     /// it is, which the kernel then believes: a block device ignores O_TRUNC.
     pub fn set_size(&self, inode: &Inode, size: u64, has_handle: bool) -> Result<Attr> {
         match inode.node {
-            Node::Live(_) if size == 0 && !has_handle => {}
+            Node::Live(_) | Node::LiveVolume { .. } if size == 0 && !has_handle => {}
+            Node::LiveVolume { disk, volume } => {
+                if self.live_volume(disk, volume)?.size() != size {
+                    return Err(Error::new(errno::EINVAL, "volume", "its table has its size"));
+                }
+            }
             Node::Live(uuid) => {
                 let disk = self.disk(uuid)?;
                 if disk.read_only() {
@@ -292,19 +323,21 @@ impl Tree {
         self.getattr(inode, None)
     }
 
-    fn live(&self, inode: &Inode) -> Result<Arc<Disk>> {
-        match &*self.live_or_release(inode)? {
-            Target::Disk(disk) => Ok(disk.clone()),
-            _ => Err(Error::new(errno::EINVAL, "release.raw", "takes hole punching alone")),
-        }
-    }
-
-    fn live_or_release(&self, inode: &Inode) -> Result<Arc<Target>> {
-        if matches!(inode.node, Node::Live(_)) || is_release(&inode.node) {
-            self.target(inode)
+    /// What takes changes: a live file, or `release.raw`.
+    fn writable(&self, inode: &Inode, handle: u64) -> Result<Arc<Target>> {
+        if inode.node.is_live() || is_release(&inode.node) {
+            self.target(inode, handle)
         } else {
             Err(read_only("frozen view"))
         }
+    }
+}
+
+fn flush(target: &Target) -> Result<()> {
+    match target {
+        Target::Disk(disk) => disk.flush(),
+        Target::LiveVolume(volume) => volume.flush(),
+        _ => Ok(()),
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::node::Node;
 use crate::backup::MapFile;
-use crate::fleece::{Disk, View, ViewMap};
+use crate::fleece::{Disk, FrozenVolume, LiveVolume, View, ViewMap};
 use arc_swap::ArcSwapOption;
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -17,6 +17,10 @@ use std::sync::Arc;
 pub enum Target {
     /// The live disk.
     Disk(Arc<Disk>),
+    /// A volume of live disks; never pinned, see [`super::held`].
+    LiveVolume(Arc<LiveVolume>),
+    /// A volume of frozen views.
+    Volume(Arc<FrozenVolume>),
     /// The frozen view, also for releases.
     View(Arc<View>),
     /// The frozen view through a dirty map.

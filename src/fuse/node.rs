@@ -28,6 +28,17 @@ pub enum Node {
     LiveDir,
     /// `live/DISK.raw`, by the disk's UUID.
     Live(Uuid),
+    /// `live/DISK/`.
+    LiveDisk(Uuid),
+    /// `live/DISK/volumes/`.
+    LiveVolumes(Uuid),
+    /// `live/DISK/volumes/VOLUME.raw`.
+    LiveVolume {
+        /// The disk that it is listed under.
+        disk: Uuid,
+        /// Made of its name and place: another one after a change of the table that moved it.
+        volume: Uuid,
+    },
     /// `snapshots/`.
     Snapshots,
     /// `snapshots/latest`.
@@ -68,6 +79,12 @@ pub enum Item {
     SinceMap(Uuid, MapFormat),
     /// `DISK/since/CHECKPOINT/changed.raw`.
     SinceChanged(Uuid),
+    /// `DISK/volumes/`.
+    Volumes,
+    /// `DISK/volumes/VOLUME.raw`, by a UUID made of its name and place.
+    Volume(Uuid),
+    /// `DISK/volumes/VOLUME.map`.
+    VolumeMap(Uuid),
 }
 
 /// What `stat` calls the type.
@@ -103,6 +120,9 @@ impl Node {
             Node::Snapshots => hash.update("snapshots"),
             Node::Latest => hash.update("latest"),
             Node::Live(disk) => update(&mut hash, "live", &[disk]),
+            Node::LiveDisk(disk) => update(&mut hash, "live-disk", &[disk]),
+            Node::LiveVolumes(disk) => update(&mut hash, "live-volumes", &[disk]),
+            Node::LiveVolume { disk, volume } => update(&mut hash, "live-volume", &[disk, volume]),
             Node::Snapshot(snapshot) => update(&mut hash, "snapshot", &[snapshot]),
             Node::Manifest(snapshot) => update(&mut hash, "manifest", &[snapshot]),
             Node::View { snapshot, disk, item } => {
@@ -116,6 +136,9 @@ impl Node {
                     Item::SinceDir => hash.update("since-dir"),
                     Item::Since(point) => update(&mut hash, "since", &[point]),
                     Item::SinceChanged(point) => update(&mut hash, "since-changed", &[point]),
+                    Item::Volumes => hash.update("volumes"),
+                    Item::Volume(volume) => update(&mut hash, "volume", &[volume]),
+                    Item::VolumeMap(volume) => update(&mut hash, "volume-map", &[volume]),
                     Item::SinceMap(point, format) => {
                         update(&mut hash, "since-map", &[point]);
                         hash.update(format.name());
@@ -132,8 +155,9 @@ impl Node {
     /// Directory, file or link.
     pub fn kind(&self) -> Kind {
         match self {
-            Node::Root | Node::LiveDir | Node::Snapshots | Node::Snapshot(_) => Kind::Directory,
-            Node::View { item: Item::Dir | Item::SinceDir | Item::Since(_), .. } => Kind::Directory,
+            Node::Root | Node::LiveDir | Node::LiveDisk(_) | Node::LiveVolumes(_) => Kind::Directory,
+            Node::Snapshots | Node::Snapshot(_) => Kind::Directory,
+            Node::View { item: Item::Dir | Item::SinceDir | Item::Since(_) | Item::Volumes, .. } => Kind::Directory,
             Node::Latest => Kind::Symlink,
             _ => Kind::File,
         }
@@ -152,15 +176,29 @@ impl Node {
         matches!(self, Node::Status | Node::Metrics | Node::Manifest(_))
     }
 
+    /// Whether it is a live disk or a volume of one: what guests read and write.
+    pub fn is_live(&self) -> bool {
+        matches!(self, Node::Live(_) | Node::LiveVolume { .. })
+    }
+
     /// Whether answering for it may have to look into bitmaps, stores or the image's allocation: work that a slow
     /// store holds up.
     pub fn is_slow(&self) -> bool {
         matches!(self, Node::View { .. }) && self.kind() == Kind::File
     }
 
-    /// Whether already its attributes are such work: those of a map and of `changed.raw`, not those of the others.
+    /// Whether already its attributes are such work: those of a map, of `changed.raw` and of what scans for volumes, not
+    /// those of the others.
     pub fn is_slow_to_stat(&self) -> bool {
-        self.is_slow() && !matches!(self, Node::View { item: Item::Raw | Item::Release, .. })
+        match self {
+            Node::Manifest(_) | Node::LiveVolume { .. } => true,
+            _ => self.is_slow() && !matches!(self, Node::View { item: Item::Raw | Item::Release, .. }),
+        }
+    }
+
+    /// Whether telling what is in it scans for volumes.
+    pub fn is_slow_to_list(&self) -> bool {
+        matches!(self, Node::LiveVolumes(_) | Node::View { item: Item::Volumes, .. })
     }
 }
 

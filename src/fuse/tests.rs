@@ -1,5 +1,7 @@
 //! The tree and the control thread over the core, without a mount.
 
+mod volumes;
+
 use super::attr::Attr;
 use super::control::{Control, Kernel};
 use super::files::{Access, Caching, Whence};
@@ -8,6 +10,7 @@ use super::node::{Kind, Node, ROOT_INO};
 use super::tree::Tree;
 use crate::error::{Result, errno};
 use crate::fleece::{Disk, DiskSpec, Fleece, Options};
+use crate::image::Format;
 use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
@@ -21,12 +24,12 @@ const READ: Access = Access { read: true, write: false, direct: false };
 const WRITE: Access = Access { read: false, write: true, direct: false };
 const PUNCH: i32 = 0x3;
 
-fn fleece_with_disk(bytes: u64) -> (TempDir, Arc<Fleece>) {
+fn fleece_with(bytes: u64, options: Options) -> (TempDir, Arc<Fleece>) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("vda.raw");
     std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
-    let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
-    fleece.add_disk(&DiskSpec { file, ..Default::default() }).unwrap();
+    let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..options });
+    fleece.add_disk(&DiskSpec { file, format: Some(Format::Raw), ..Default::default() }).unwrap();
     (dir, fleece)
 }
 
@@ -43,7 +46,11 @@ fn tree_over(fleece: &Arc<Fleece>) -> Arc<Tree> {
 
 impl Mount {
     fn new() -> Mount {
-        let (dir, fleece) = fleece_with_disk(DISK);
+        Mount::with(Options::default())
+    }
+
+    fn with(options: Options) -> Mount {
+        let (dir, fleece) = fleece_with(DISK, options);
         let tree = tree_over(&fleece);
         let control = Control::start(tree.clone()).unwrap();
         Mount { _dir: dir, fleece, tree, control }
@@ -135,7 +142,7 @@ fn set(names: &[&str]) -> BTreeSet<String> {
 
 fn write(tree: &Tree, inode: &Inode, offset: u64, data: &[u8]) -> Result<usize> {
     let (told, tells) = std::sync::mpsc::channel();
-    tree.write_then(inode, offset, data, false, move |count| told.send(count).unwrap());
+    tree.write_then(inode, 0, offset, data, false, move |count| told.send(count).unwrap());
     tells.recv().unwrap()
 }
 
@@ -143,7 +150,9 @@ fn write(tree: &Tree, inode: &Inode, offset: u64, data: &[u8]) -> Result<usize> 
 fn every_name_of_the_tree_is_there() {
     let mount = Mount::new();
     assert_eq!(mount.names(""), set(&["status.json", "metrics", "live", "snapshots"]));
-    assert_eq!(mount.names("live"), set(&["vda.raw"]));
+    assert_eq!(mount.names("live"), set(&["vda.raw", "vda"]));
+    assert_eq!(mount.names("live/vda"), set(&["volumes"]));
+    assert_eq!(mount.names("live/vda/volumes"), set(&[]));
     assert_eq!(mount.names("snapshots"), set(&[]));
     assert_eq!(mount.errno("snapshots/latest"), errno::ENOENT);
     mount.mkdir("one").unwrap();
@@ -152,14 +161,14 @@ fn every_name_of_the_tree_is_there() {
     assert_eq!(mount.tree.readlink(&mount.inode("snapshots/latest")).unwrap(), "two");
     assert_eq!(mount.attr("snapshots/latest").kind, Kind::Symlink);
     assert_eq!(mount.names("snapshots/two"), set(&["manifest.json", "vda.raw", "vda.map", "vda"]));
-    assert_eq!(mount.names("snapshots/two/vda"), set(&["changed.raw", "release.raw", "since"]));
+    assert_eq!(mount.names("snapshots/two/vda"), set(&["changed.raw", "release.raw", "since", "volumes"]));
     assert_eq!(mount.names("snapshots/two/vda/since"), set(&["one"]));
     assert_eq!(mount.names("snapshots/one/vda/since"), set(&[]));
     assert_eq!(
         mount.names("snapshots/two/vda/since/one"),
         set(&["map.json", "map.borg", "map.rbd.json", "map.bmap", "map.ddrescue", "map.nbd.json", "changed.raw"])
     );
-    for path in ["nope", "live/vdb.raw", "snapshots/three", "snapshots/two/vda/since/two", "live/vda"] {
+    for path in ["nope", "live/vdb.raw", "snapshots/three", "snapshots/two/vda/since/two", "live/vda/volumes/p1.raw"] {
         assert_eq!(mount.errno(path), errno::ENOENT, "{path}");
     }
     assert_eq!(mount.errno("status.json/x"), errno::ENOTDIR);
@@ -214,7 +223,7 @@ fn fallocate_punches_zeroes_and_allocates_inside_the_disk_only() {
     let mount = Mount::new();
     let live = mount.inode("live/vda.raw");
     mount.write(0, &vec![7; 256 << 10]).unwrap();
-    let fallocate = |mode, offset, len| mount.tree.fallocate(&live, mode, offset, len).map_err(|e| e.errno());
+    let fallocate = |mode, offset, len| mount.tree.fallocate(&live, 0, mode, offset, len).map_err(|e| e.errno());
     fallocate(PUNCH, 0, 4096).unwrap();
     fallocate(0x10, 8192, 4096).unwrap();
     fallocate(0x11, 16384, 4096).unwrap();
@@ -249,7 +258,7 @@ fn frozen_files_are_read_only_and_never_change() {
         assert_eq!(mount.tree.open(&inode, WRITE).unwrap_err().errno(), errno::EROFS, "{path}");
         assert_eq!(write(&mount.tree, &inode, 0, b"x").unwrap_err().errno(), errno::EROFS, "{path}");
         assert_eq!(mount.tree.set_size(&inode, 0, false).unwrap_err().errno(), errno::EROFS, "{path}");
-        assert_eq!(mount.tree.fallocate(&inode, PUNCH, 0, 4096).unwrap_err().errno(), errno::EROFS, "{path}");
+        assert_eq!(mount.tree.fallocate(&inode, 0, PUNCH, 0, 4096).unwrap_err().errno(), errno::EROFS, "{path}");
     }
     let frozen = mount.inode("snapshots/one/vda.raw");
     for (direct, caching) in [(false, Caching::Keep), (true, Caching::None)] {
@@ -267,7 +276,7 @@ fn changed_raw_has_what_changed_as_data_and_the_rest_as_holes() {
     let granule = 65536;
     mount.write(2 * granule, &[2; 100]).unwrap();
     // Zeroed, and still data: it changed.
-    mount.tree.fallocate(&mount.inode("live/vda.raw"), PUNCH, 6 * granule, 2 * granule).unwrap();
+    mount.tree.fallocate(&mount.inode("live/vda.raw"), 0, PUNCH, 6 * granule, 2 * granule).unwrap();
     mount.mkdir("two").unwrap();
     mount.write(2 * granule, &[9; 100]).unwrap();
     for path in ["snapshots/two/vda/changed.raw", "snapshots/two/vda/since/one/changed.raw"] {
@@ -321,8 +330,8 @@ fn a_released_range_is_gone_and_nothing_else() {
     mount.tree.open(&release, WRITE).unwrap();
     assert_eq!(write(&mount.tree, &release, 0, b"x").unwrap_err().errno(), errno::EINVAL);
     assert_eq!(mount.tree.read(&release, 0, 0, &mut [0; 10]).unwrap_err().errno(), 9);
-    assert_eq!(mount.tree.fallocate(&release, 0x11, 0, 4096).unwrap_err().errno(), errno::EOPNOTSUPP);
-    mount.tree.fallocate(&release, PUNCH, 0, 65536).unwrap();
+    assert_eq!(mount.tree.fallocate(&release, 0, 0x11, 0, 4096).unwrap_err().errno(), errno::EOPNOTSUPP);
+    mount.tree.fallocate(&release, 0, PUNCH, 0, 65536).unwrap();
     mount.tree.release(&release, 0);
     assert_eq!(mount.read("snapshots/one/vda.raw", 0, 4096).unwrap_err().errno(), errno::EIO);
     assert_eq!(mount.read("snapshots/one/vda.raw", 65536, 4096).unwrap(), vec![1; 4096]);

@@ -2,17 +2,17 @@
 //!
 //! The tree keeps no copy of what the core knows: each question is answered from the core as it is now, so that what
 //! the control socket does shows at once. Only inodes, open texts and recent maps are held ([`super::inodes`],
-//! [`super::texts`], [`super::maps`]).
+//! [`super::held`], [`super::maps`]).
 
 use super::attr::{Attr, DirEntry, Statfs};
+use super::held::Held;
 use super::inodes::{Inode, Inodes};
 use super::maps::Recent;
 use super::metrics::prometheus;
 use super::node::{Item, Kind, Node, ROOT_INO, SINCE_MAPS};
-use super::texts::Texts;
 use crate::backup::{MapFile, MapFormat, MapMeta};
 use crate::error::{Error, Result, errno};
-use crate::fleece::{Disk, Fleece, Snapshot, View, ViewMap};
+use crate::fleece::{Disk, Fleece, LiveVolume, Snapshot, View, ViewMap};
 use crate::storage::clock::now_ns;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -33,16 +33,19 @@ pub type Status = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 
 /// Snapshot, disk, base.
 type ChangesKey = (Uuid, Uuid, Option<Uuid>);
+/// The disk's map, the volume that it is cut to, the format.
+pub(super) type MapKey = (ChangesKey, Option<Uuid>, MapFormat);
 
 /// The tree of one mount.
 pub struct Tree {
     pub(super) fleece: Arc<Fleece>,
     pub(super) inodes: Inodes,
-    pub(super) texts: Texts,
+    pub(super) texts: Held<str>,
+    pub(super) live_volumes: Held<LiveVolume>,
     /// Permission bits of the live files.
     mode: u32,
     status: Status,
-    maps: Recent<(ChangesKey, MapFormat), MapFile>,
+    pub(super) maps: Recent<MapKey, MapFile>,
     changes: Recent<ChangesKey, ViewMap>,
     started_ns: i64,
 }
@@ -51,7 +54,7 @@ pub(super) fn no_entry(what: &str) -> Error {
     Error::new(errno::ENOENT, what, "no such file or directory")
 }
 
-fn stale(what: &str) -> Error {
+pub(super) fn stale(what: &str) -> Error {
     Error::new(errno::ESTALE, what, "is gone")
 }
 
@@ -61,7 +64,8 @@ impl Tree {
         Tree {
             fleece,
             inodes: Inodes::default(),
-            texts: Texts::default(),
+            texts: Held::default(),
+            live_volumes: Held::default(),
             mode,
             status,
             maps: Recent::new(RECENT_MAPS),
@@ -151,7 +155,7 @@ impl Tree {
     /// Lets go of the maps of snapshots that are gone.
     pub fn tidy(&self) {
         let lives = |(snapshot, _, _): &ChangesKey| self.fleece.snapshot_by_uuid(*snapshot).is_some();
-        self.maps.retain(|(key, _)| lives(key));
+        self.maps.retain(|(key, ..)| lives(key));
         self.changes.retain(lives);
     }
 
@@ -164,9 +168,12 @@ impl Tree {
         let (size, blocks, time_ns) = self.extent(node, handle)?;
         let (attr_ttl, entry_ttl) = Attr::ttls(node);
         let mut perm = Attr::perm(node, self.mode);
-        if let Node::Live(uuid) = node
-            && self.disk(*uuid)?.read_only()
-        {
+        let writable = match *node {
+            Node::Live(disk) => !self.disk(disk)?.read_only(),
+            Node::LiveVolume { disk, volume } => self.is_writable(&*self.live_volume(disk, volume)?),
+            _ => true,
+        };
+        if !writable {
             perm &= 0o444;
         }
         Ok(Attr { ino: node.ino(), kind: node.kind(), size, blocks, time_ns, perm, attr_ttl, entry_ttl })
@@ -176,7 +183,7 @@ impl Tree {
     fn extent(&self, node: &Node, handle: Option<u64>) -> Result<(u64, u64, i64)> {
         let dense = |size: u64, time_ns| (size, size.div_ceil(512), time_ns);
         Ok(match node {
-            Node::Root | Node::LiveDir => (0, 0, self.started_ns),
+            Node::Root | Node::LiveDir | Node::LiveDisk(_) | Node::LiveVolumes(_) => (0, 0, self.started_ns),
             Node::Snapshots => (0, 0, self.newest().map_or(self.started_ns, |snapshot| snapshot.time_ns())),
             Node::Latest => {
                 let snapshot = self.newest()?;
@@ -192,12 +199,21 @@ impl Tree {
                 let size = disk.size();
                 (size, Attr::sparse_blocks(size), disk.mtime_ns())
             }
+            Node::LiveVolume { disk, volume } => {
+                let volume = self.live_volume(*disk, *volume)?;
+                (volume.size(), Attr::sparse_blocks(volume.size()), volume.mtime_ns())
+            }
             Node::Snapshot(uuid) => (0, 0, self.snapshot(*uuid)?.time_ns()),
             Node::View { snapshot, disk, item } => {
                 let view = self.view(*snapshot, *disk)?;
                 let time_ns = view.time_ns();
                 match item {
-                    Item::Dir | Item::SinceDir | Item::Since(_) => (0, 0, time_ns),
+                    Item::Dir | Item::SinceDir | Item::Since(_) | Item::Volumes => (0, 0, time_ns),
+                    Item::Volume(id) => {
+                        let size = self.volume(&view, *id)?.size();
+                        (size, Attr::sparse_blocks(size), time_ns)
+                    }
+                    Item::VolumeMap(id) => dense(self.volume_map(&view, *id)?.len(), time_ns),
                     Item::Raw => (view.size(), Attr::sparse_blocks(view.size()), time_ns),
                     Item::Release => (view.size(), 0, time_ns),
                     Item::Changed => self.changed_extent(&view, reference(&view))?,
@@ -229,8 +245,16 @@ impl Tree {
                 .fleece
                 .disks()
                 .iter()
-                .map(|disk| (format!("{}.raw", disk.name()), Node::Live(disk.uuid())))
+                .flat_map(|disk| {
+                    let (name, uuid) = (disk.name(), disk.uuid());
+                    [(format!("{name}.raw"), Node::Live(uuid)), (name.to_owned(), Node::LiveDisk(uuid))]
+                })
                 .collect(),
+            Node::LiveDisk(disk) => {
+                self.disk(disk)?;
+                vec![named("volumes", Node::LiveVolumes(disk))]
+            }
+            Node::LiveVolumes(disk) => self.list_live_volumes(&*self.disk(disk)?),
             Node::Snapshots => {
                 let snapshots = self.fleece.snapshots();
                 let mut children: Vec<_> =
@@ -243,13 +267,16 @@ impl Tree {
             Node::Snapshot(uuid) => self.snapshot_children(uuid)?,
             Node::View { snapshot, disk, item } => {
                 let child = |name: &str, item| named(name, Node::View { snapshot, disk, item });
-                let since = self.view(snapshot, disk)?.since();
+                let view = self.view(snapshot, disk)?;
+                let since = view.since();
                 match item {
                     Item::Dir => vec![
                         child("changed.raw", Item::Changed),
                         child("release.raw", Item::Release),
                         child("since", Item::SinceDir),
+                        child("volumes", Item::Volumes),
                     ],
+                    Item::Volumes => self.list_volumes(&view)?,
                     Item::SinceDir => since.iter().map(|point| child(&point.name, Item::Since(point.uuid))).collect(),
                     Item::Since(base) if since.iter().any(|point| point.uuid == base) => SINCE_MAPS
                         .iter()
@@ -324,7 +351,7 @@ impl Tree {
     /// The text of what changed from `base` to `view`.
     pub(super) fn map(&self, view: &Arc<View>, base: Option<Uuid>, format: MapFormat) -> Result<Arc<MapFile>> {
         let key = (view.snapshot_uuid(), view.disk_uuid(), base);
-        self.maps.get((key, format), || {
+        self.maps.get((key, None, format), || {
             let changes = self.changes(view, base)?;
             let meta = MapMeta::of(&changes);
             Ok(Arc::new(MapFile::new(changes, format, &meta)?))

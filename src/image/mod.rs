@@ -168,6 +168,12 @@ pub trait Image: Send + Sync + Debug {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
     /// Writes all of `buf` at `offset`. Byte-granular whatever lies below; disjoint writes never lose each other's bytes.
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+    /// The same of whole clusters (the last one of the disk may be partial), stored compressed where they take no host
+    /// cluster yet and that makes them smaller. EOPNOTSUPP where the format has no way, EINVAL where a cluster is not whole.
+    fn write_compressed(&self, _buf: &[u8], offset: u64) -> Result<()> {
+        let why = "the format has no compressed clusters";
+        Err(Error::new(errno::EOPNOTSUPP, "write compressed", why).at_path(self.path()).at_offset(offset))
+    }
     /// Makes a range read as zeros, allocated where the format can (`discard` false), or freed (`discard` true).
     fn write_zeroes(&self, offset: u64, len: u64, discard: bool) -> Result<()>;
     /// Makes all completed changes durable.
@@ -176,6 +182,11 @@ pub trait Image: Send + Sync + Debug {
     fn resize(&self, size: u64) -> Result<()>;
     /// Whether a run at `offset` is known to read as zeros, for at most `len` bytes.
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus>;
+    /// Whether a run at `offset` is data or zeros of this image itself, not of what lies below it, and for how many bytes
+    /// (at most `len`) that holds on.
+    fn is_own(&self, _offset: u64, len: u64) -> Result<(bool, u64)> {
+        Ok((true, len))
+    }
     /// Ends the use of the image: everything is durable, the times of its files too, and no repair is needed at the next
     /// open. Without it a use ends as by a kill.
     fn close(&self) -> Result<()> {

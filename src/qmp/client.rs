@@ -84,6 +84,12 @@ impl Client {
         }
     }
 
+    /// A handle that says, by [`UnixStream::shutdown`] for writing, that no more commands come: the daemon lets go of all
+    /// that the connection holds, and then closes it.
+    pub fn handle(&self) -> Result<UnixStream> {
+        self.stream.try_clone().map_err(|e| Error::io("control socket", e).at_path(&self.path))
+    }
+
     /// Waits for an event of that name and gives its data; `None` where the connection ends first.
     pub fn wait_event(&mut self, name: &str) -> Option<Value> {
         loop {

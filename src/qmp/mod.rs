@@ -37,15 +37,17 @@ use std::sync::Arc;
 /// What the commands act on. The daemon is it, so that this surface knows neither FUSE nor signals.
 pub trait Host: Send + Sync {
     /// The core.
-    fn fleece(&self) -> &Fleece;
+    fn fleece(&self) -> &Arc<Fleece>;
     /// Takes a snapshot with everything that belongs to it (write-back of mapped pages first).
     fn create_snapshot(&self, request: &SnapshotRequest) -> Result<Arc<Snapshot>>;
     /// Makes changes of bitmaps and snapshots at one instant, with everything that belongs to a snapshot.
     fn apply(&self, actions: &[Action]) -> std::result::Result<Applied, Refused>;
     /// The jobs.
-    fn jobs(&self) -> &Jobs;
+    fn jobs(&self) -> &Arc<Jobs>;
     /// The file nodes.
     fn nodes(&self) -> &Nodes;
+    /// Refuses an image whose files a disk uses, or that lies in the mount itself.
+    fn check_image(&self, spec: &DiskSpec) -> Result<()>;
     /// Serves one more image.
     fn add_disk(&self, spec: &DiskSpec) -> Result<Arc<Disk>>;
     /// What `status.json` holds.

@@ -29,13 +29,32 @@ pub struct FileNode {
 struct Table {
     /// By name, with the disks that were opened over them. Some of these may have gone.
     files: BTreeMap<String, (FileNode, Vec<Uuid>)>,
+    /// Nodes that jobs use, each as often as it is used.
+    occupied: Vec<(String, Role)>,
     /// Disks that are being opened, with the file node that they are to lie on.
     opening: BTreeMap<String, Option<String>>,
 }
 
 /// The file nodes of a daemon, by name.
 #[derive(Debug, Default)]
-pub struct Nodes(Mutex<Table>);
+pub struct Nodes(Arc<Mutex<Table>>);
+
+/// What a node is to a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It is read; several jobs may do that.
+    Source,
+    /// It is written to, by this job alone.
+    Target,
+}
+
+/// A node that a job uses, until this goes.
+#[derive(Debug)]
+pub struct Occupied {
+    table: Arc<Mutex<Table>>,
+    name: String,
+    role: Role,
+}
 
 /// A name is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +107,22 @@ impl Nodes {
         }
     }
 
+    /// Notes that a job uses a node; its name where that cannot be.
+    pub fn occupy(&self, name: &str, role: Role) -> Result<Occupied, String> {
+        let mut table = self.0.lock();
+        let mut others = table.occupied.iter().filter(|(other, _)| other == name);
+        if others.any(|(_, other)| role == Role::Target || *other == Role::Target) {
+            return Err(name.to_owned());
+        }
+        table.occupied.push((name.to_owned(), role));
+        Ok(Occupied { table: self.0.clone(), name: name.to_owned(), role })
+    }
+
+    /// Whether a job uses a node.
+    pub fn is_occupied(&self, name: &str) -> bool {
+        self.0.lock().occupied.iter().any(|(other, _)| other == name)
+    }
+
     /// All file nodes, by name.
     pub fn list(&self) -> Vec<(String, FileNode)> {
         self.0.lock().files.iter().map(|(name, (file, _))| (name.clone(), file.clone())).collect()
@@ -118,6 +153,16 @@ impl Opening<'_> {
         {
             users.push(disk.uuid());
         }
+    }
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        let mut table = self.table.lock();
+        let own = table.occupied.iter().position(|(name, role)| *name == self.name && *role == self.role);
+        own.into_iter().for_each(|index| {
+            table.occupied.swap_remove(index);
+        });
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::args::Arguments;
 use super::codec::{DecodeError, encode};
-use super::commands::{self, Command};
+use super::commands::{self, Command, Held, Run};
 use super::outbox::Outbox;
 use super::{CommandError, CommandResult, ErrorClass, Events, Host};
 use serde_json::{Map, Value, json};
@@ -34,6 +34,7 @@ pub struct Session {
     events: Arc<Events>,
     outbox: Arc<Outbox>,
     negotiated: bool,
+    held: Held,
 }
 
 /// A command as it came in, with its members checked.
@@ -46,7 +47,7 @@ impl Session {
     /// A fresh connection; queues the greeting.
     pub fn new(host: Arc<dyn Host>, events: Arc<Events>, outbox: Arc<Outbox>) -> Session {
         outbox.push_reply(encode(&greeting()));
-        Session { host, events, outbox, negotiated: false }
+        Session { host, events, outbox, negotiated: false, held: Held::default() }
     }
 
     /// Answers one message; false where the connection is to end.
@@ -83,7 +84,10 @@ impl Session {
             return (Err(CommandError::not_found(desc)), None);
         };
         // A bug in a command must cost neither the mount nor this connection.
-        let run = AssertUnwindSafe(|| (command.run)(&*self.host, request.arguments));
+        let run = AssertUnwindSafe(|| match command.run {
+            Run::Plain(run) => run(&*self.host, request.arguments),
+            Run::Holding(run) => run(&*self.host, &mut self.held, request.arguments),
+        });
         let outcome = catch_unwind(run).unwrap_or_else(|_| Err(CommandError::generic("internal error; see the log")));
         (outcome, Some(command))
     }

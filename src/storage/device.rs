@@ -52,6 +52,16 @@ fn disk_sequence(device: u64) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
+/// The loop device that a file is behind, if any.
+pub fn loop_over(file: &Path) -> Option<PathBuf> {
+    let wanted = super::os::identity(file)?;
+    std::fs::read_dir("/sys/block").ok()?.flatten().find_map(|entry| {
+        let text = std::fs::read(entry.path().join("loop/backing_file")).ok()?;
+        let behind = Path::new(OsStr::from_bytes(text.strip_suffix(b"\n").unwrap_or(&text)));
+        (super::os::identity(behind) == Some(wanted)).then(|| Path::new("/dev").join(entry.file_name()))
+    })
+}
+
 /// The file behind a loop device of a number, or behind the one that this is a partition of.
 pub fn loop_file(device: u64) -> Option<PathBuf> {
     let dir = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device)));

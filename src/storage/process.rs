@@ -8,8 +8,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 
 /// Exit code of the command that started a daemon which died without a word.
 const DIED_CODE: u8 = 2;
@@ -144,6 +145,52 @@ pub fn pid_alive(pid: u32) -> bool {
     let Ok(pid) = libc::pid_t::try_from(pid) else { return false };
     // SAFETY: signal 0 is not delivered; the kernel only looks for the process. Ids of 0 and below mean groups.
     pid > 0 && (unsafe { libc::kill(pid, 0) } == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
+}
+
+/// The signal that nobody can catch.
+pub const SIGKILL: i32 = libc::SIGKILL;
+
+/// Whether this process ignores a signal (proc(5), `SigIgn`); false where that cannot be told.
+pub fn ignores(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    let bit = u32::try_from(signal - 1).ok().and_then(|shift| 1u64.checked_shl(shift));
+    mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
+}
+
+/// Sends a signal to a process. The caller knows that it was not reaped yet, so that the number is no other one's; one
+/// that has ended is no error.
+pub fn signal_process(pid: u32, signal: i32) -> Result<()> {
+    send(i64::from(pid), signal)
+}
+
+/// Sends a signal to the process group that a process leads, under the same condition.
+pub fn signal_group(leader: u32, signal: i32) -> Result<()> {
+    send(-i64::from(leader), signal)
+}
+
+fn send(target: i64, signal: i32) -> Result<()> {
+    let bad = || Error::new(errno::EINVAL, "send a signal", format!("no such process: {target}"));
+    // 0 and -1 mean groups and everybody.
+    let target = libc::pid_t::try_from(target).ok().filter(|target| ![0, -1].contains(target)).ok_or_else(bad)?;
+    // SAFETY: no preconditions; the kernel checks both arguments.
+    if unsafe { libc::kill(target, signal) } == 0 {
+        return Ok(());
+    }
+    let e = io::Error::last_os_error();
+    if e.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(Error::io("send a signal", e)) }
+}
+
+/// The exit code that a shell gives: 128 + N where signal N ended the process.
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    u8::try_from(code).unwrap_or(u8::MAX)
+}
+
+/// Lets a process in the background of a terminal write to it, and not stop.
+pub fn ignore_terminal_output_signal() {
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(libc::SIGTTOU, libc::SIG_IGN) };
 }
 
 /// The effective user and group of this process.
@@ -478,6 +525,19 @@ mod tests {
         unmount(dir.path(), true).unwrap();
         assert_eq!(mount_state(dir.path()).unwrap(), MountState::NotAMount);
         drop(user);
+    }
+
+    #[test]
+    fn signals_reach_processes_and_nobody_else() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        signal_process(child.id(), libc::SIGTERM).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(exit_code(status), 143);
+        assert_eq!(exit_code(Command::new("false").status().unwrap()), 1);
+        for everybody in [0, 1] {
+            assert_eq!(signal_group(everybody, 0).unwrap_err().errno(), errno::EINVAL);
+        }
+        assert_eq!(signal_process(u32::MAX, 0).unwrap_err().errno(), errno::EINVAL);
     }
 
     #[test]

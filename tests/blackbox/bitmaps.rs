@@ -157,16 +157,16 @@ fn qemu_img_sees_what_was_made_here() {
 }
 
 /// A small file system of its own, unmounted with this value.
-struct Tmpfs(PathBuf);
+pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    fn new(dir: PathBuf, bytes: u64) -> Tmpfs {
+    pub fn new(dir: PathBuf, bytes: u64) -> Tmpfs {
         ok(tool("mount").args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"]).arg(&dir));
         Tmpfs(dir)
     }
 
     /// Leaves no room.
-    fn fill(&self) {
+    pub fn fill(&self) {
         let to = format!("of={}", self.0.join("fill").display());
         let out = tool("dd").args(["if=/dev/zero", "bs=4k", &to]).output().unwrap();
         assert!(!out.status.success(), "the file system is not full");

@@ -63,6 +63,24 @@ fn present(need: &str) -> bool {
     }
 }
 
+/// Python with `package` (the virtual environment that `contrib/venv` makes, or FLEECEFS_PYTHON); else one skip line, or
+/// a failure where nothing may be skipped.
+pub fn python_with(test: &str, package: &str) -> Option<PathBuf> {
+    let python = std::env::var_os("FLEECEFS_PYTHON").map_or_else(|| venv().join("bin/python"), PathBuf::from);
+    if tool(&python).args(["-c", &format!("import {package}")]).output().is_ok_and(|out| out.status.success()) {
+        return Some(python);
+    }
+    let text = format!("{test}: without Python's package {package} (contrib/venv makes a virtual environment with it)");
+    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "{text}");
+    say(&format!("skip {text}"));
+    None
+}
+
+/// The virtual environment that `contrib/venv` makes.
+pub fn venv() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv")
+}
+
 pub fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)
 }

@@ -3,15 +3,18 @@
 use crate::harness::*;
 use crate::qmp_peer::python_with_qmp;
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-struct Client {
+pub struct Client {
     reader: BufReader<UnixStream>,
     greeting: Value,
+    /// Events that came before answers.
+    events: VecDeque<Value>,
 }
 
 impl Client {
@@ -19,12 +22,12 @@ impl Client {
         let path = mount.status()["qmp"].as_str().expect("status.json names the socket").to_owned();
         let stream = UnixStream::connect(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut client = Client { reader: BufReader::new(stream), greeting: Value::Null };
+        let mut client = Client { reader: BufReader::new(stream), greeting: Value::Null, events: VecDeque::new() };
         client.greeting = client.line();
         client
     }
 
-    fn new(mount: &Mount) -> Client {
+    pub fn new(mount: &Mount) -> Client {
         let mut client = Client::raw(mount);
         assert_eq!(client.call(json!({"execute": "qmp_capabilities"})), json!({"return": {}}));
         client
@@ -37,7 +40,7 @@ impl Client {
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
     }
 
-    /// Sends a request and gives its answer; events in between are passed over.
+    /// Sends a request and gives its answer; events in between are kept.
     #[track_caller]
     fn call(&mut self, request: Value) -> Value {
         self.send(&request.to_string());
@@ -46,6 +49,7 @@ impl Client {
             if answer.get("event").is_none() {
                 return answer;
             }
+            self.events.push_back(answer);
         }
     }
 
@@ -53,14 +57,25 @@ impl Client {
         self.reader.get_mut().write_all(format!("{text}\n").as_bytes()).unwrap();
     }
 
+    /// The next event of that name; those before it are passed over.
     #[track_caller]
-    fn ok(&mut self, command: &str, arguments: Value) -> Value {
+    pub fn event(&mut self, name: &str) -> Value {
+        loop {
+            let event = self.events.pop_front().unwrap_or_else(|| self.line());
+            if event["event"] == name {
+                return event;
+            }
+        }
+    }
+
+    #[track_caller]
+    pub fn ok(&mut self, command: &str, arguments: Value) -> Value {
         let answer = self.call(json!({"execute": command, "arguments": arguments}));
         answer.get("return").unwrap_or_else(|| panic!("{command}: {answer}")).clone()
     }
 
     #[track_caller]
-    fn error(&mut self, command: &str, arguments: Value) -> (String, String) {
+    pub fn error(&mut self, command: &str, arguments: Value) -> (String, String) {
         let answer = self.call(json!({"execute": command, "arguments": arguments}));
         let error = answer.get("error").unwrap_or_else(|| panic!("{command} succeeded: {answer}"));
         (error["class"].as_str().unwrap().to_owned(), error["desc"].as_str().unwrap().to_owned())

@@ -3,23 +3,15 @@
 //! The scripts are in `tests/qmp_scripts`. They run once against each, and print a line for each question; lines that
 //! differ are a failure, but for the deviations that `doc/qmp.md` names.
 
+use crate::bitmaps::Tmpfs;
 use crate::harness::*;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// Python with the package `qemu.qmp` (the virtual environment that `contrib/venv` makes, or FLEECEFS_PYTHON); else one
-/// skip line, or a failure where nothing may be skipped.
+/// Python with the package `qemu.qmp`.
 pub fn python_with_qmp(test: &str) -> Option<PathBuf> {
-    let made = || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python");
-    let python = std::env::var_os("FLEECEFS_PYTHON").map_or_else(made, PathBuf::from);
-    if tool(&python).args(["-c", "import qemu.qmp"]).output().is_ok_and(|out| out.status.success()) {
-        return Some(python);
-    }
-    let text = format!("{test}: without Python's package qemu.qmp (contrib/venv makes a virtual environment with it)");
-    assert!(std::env::var_os("FLEECEFS_REQUIRE_TOOLS").is_none(), "{text}");
-    say(&format!("skip {text}"));
-    None
+    python_with(test, "qemu.qmp")
 }
 
 /// qemu-storage-daemon with nodes and NBD exports of their names. It goes with this value.
@@ -246,4 +238,34 @@ fn bitmaps_whose_bits_are_lost_can_only_be_removed_as_in_qemu() {
     }
     drop(StorageDaemon::start(&rig, &[("q", "qcow2", template.clone())], false));
     compare_images("inconsistent.py", &[("q", "qcow2", 64 * MIB)], 1, &|_, _| json!({}), Some(&template));
+}
+
+/// A file system that is full; `full.raw` in it has room for its first MiB alone, `full2.raw` for nothing.
+fn full_directory(dir: &Path) -> Tmpfs {
+    std::fs::create_dir(dir).unwrap();
+    let full = Tmpfs::new(dir.to_owned(), 4 * MIB);
+    for (name, there) in [("full.raw", MIB as usize), ("full2.raw", 0)] {
+        let path = dir.join(name);
+        std::fs::write(&path, vec![1; there]).unwrap();
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(16 * MIB).unwrap();
+    }
+    full.fill();
+    full
+}
+
+#[test]
+fn backups_end_as_in_qemu() {
+    requires!("qemu-storage-daemon", "qemu-img", "qemu-io");
+    let rig = Rig::new();
+    let _full = ["ours", "qemus"].map(|side| {
+        let dir = rig.mount_point(&format!("targets-{side}"));
+        std::fs::write(dir.join("ro"), vec![0; 16 * MIB as usize]).unwrap();
+        full_directory(&dir.join("full"))
+    });
+    let dir = |side: &str, _| {
+        let side = if side.is_empty() { "ours" } else { side };
+        let dir = rig.path(&format!("targets-{side}"));
+        json!({ "dir": dir, "full": dir.join("full") })
+    };
+    compare("backup.py", &[("a", "raw", 16 * MIB), ("b", "raw", 16 * MIB)], 1, &dir);
 }

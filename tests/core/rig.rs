@@ -158,7 +158,7 @@ pub fn freeze_since(fleece: &Fleece, name: &str, since: Since) -> Arc<Snapshot> 
 
 pub fn try_freeze(fleece: &Fleece, name: &str, disks: &[&str], since: Option<Since>) -> Result<Arc<Snapshot>> {
     let disks = disks.iter().map(|disk| (*disk).to_owned()).collect();
-    fleece.create_snapshot(&SnapshotRequest { name: name.to_owned(), disks, since })
+    fleece.create_snapshot(&SnapshotRequest { name: name.to_owned(), disks, since, ..SnapshotRequest::default() })
 }
 
 pub fn view_of(fleece: &Fleece, snapshot: &str, disk: &str) -> Arc<View> {

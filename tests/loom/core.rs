@@ -151,10 +151,12 @@ fn a_view_sees_no_hole_beside_a_first_discard() {
     ));
 }
 
-/// The second guest finds the chunk copied by the first, and writes before it.
+/// The second guest finds the chunk copied by the first, and writes before it. With two preemptions, a quarter of an hour
+/// or more: at full size only.
 #[test]
 fn a_view_reads_the_frozen_byte_beside_two_writers() {
-    assert!(always(Some(2), || {
+    let preemptions = if std::env::var_os("FLEECEFS_FULL").is_some() { 2 } else { 1 };
+    assert!(always(Some(preemptions), || {
         let rig = Rig::new();
         let (first, second) = (rig.clone(), rig.clone());
         [acts(move || first.write()), acts(move || second.write()), Box::new(move || read(&rig.view) == Some(OLD))]

@@ -317,6 +317,7 @@ impl Machine {
             name: name.clone(),
             disks: if disks == 0 { vec![] } else { vec![NAMES[chosen[0]].to_owned()] },
             since,
+            ..SnapshotRequest::default()
         };
         match self.fleece.create_snapshot(&request) {
             Ok(_) => {

@@ -43,6 +43,8 @@ pub struct Recipe {
     pub resized: u64,
     /// The image's file is longer than its clusters reach, as after a crash or on a block device: nothing has to grow.
     pub long: bool,
+    /// Whole clusters are written compressed, too.
+    pub packs: bool,
     /// The medium takes whole sectors in aligned memory only, as O_DIRECT does.
     pub direct: bool,
 }
@@ -61,6 +63,7 @@ impl Recipe {
             bitmaps: false,
             resized: 0,
             long: false,
+            packs: false,
             direct: false,
         }
     }
@@ -92,6 +95,10 @@ impl Recipe {
 
     pub const fn long(self) -> Recipe {
         Recipe { long: true, ..self }
+    }
+
+    pub const fn packs(self) -> Recipe {
+        Recipe { packs: true, ..self }
     }
 
     pub const fn resized(self, resized: u64) -> Recipe {

@@ -262,6 +262,19 @@ fn compressed_clusters_are_copied_out_safely() {
 }
 
 #[test]
+fn clusters_written_compressed_are_whole_or_what_they_were() {
+    cut(
+        "clusters_written_compressed_are_whole_or_what_they_were",
+        &[
+            Recipe::new("cluster_size=4k", 200 * K).packs().long(),
+            Recipe::new("cluster_size=512", 100 * K + 512).packs().empty(),
+            Recipe::new("cluster_size=16k,compression_type=zstd", 600 * K).packs().based(600 * K).compressed(),
+            Recipe::new("cluster_size=16k,extended_l2=on,refcount_bits=1", 500 * K).packs().empty().direct(),
+        ],
+    );
+}
+
+#[test]
 fn internal_snapshots_and_bitmaps_stay() {
     cut(
         "internal_snapshots_and_bitmaps_stay",

@@ -2,7 +2,7 @@
 
 use crate::images::Recipe;
 use crate::power::{Effort, Guest, cut_cases};
-use crate::session::Op::{self, Discard, Flush, Read, Resize, Write, Zero};
+use crate::session::Op::{self, Discard, Flush, Pack, Read, Resize, Write, Zero};
 
 const K: u64 = 1024;
 const M: u64 = 1024 * K;
@@ -59,6 +59,29 @@ fn a_freed_cluster_stays_as_it_is_until_a_flush() {
         &[
             Recipe::new("cluster_size=4k", 200 * K).compressed().full().long(),
             Recipe::new("compat=0.10,cluster_size=4k", 200 * K).compressed().full(),
+        ],
+    );
+}
+
+/// Compressed data are durable before the entry that shows them; what is packed beside them stays, and a place that was
+/// freed is used again only after a flush.
+#[test]
+fn compressed_data_are_there_when_they_count() {
+    cut(
+        "compressed_data_are_there_when_they_count",
+        &[
+            Pack(0..12 * K),
+            Pack(4 * K..8 * K),
+            Flush,
+            Write(0..512),
+            Pack(8 * K..12 * K),
+            Flush,
+            Pack(40 * K..60 * K),
+            Read(0..64 * K),
+        ],
+        &[
+            Recipe::new("cluster_size=4k", 100 * K).based(100 * K).empty().packs().long(),
+            Recipe::new("cluster_size=4k,compression_type=zstd", 100 * K).compressed().packs(),
         ],
     );
 }

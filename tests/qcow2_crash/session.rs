@@ -34,6 +34,8 @@ impl Dice {
 #[derive(Debug, Clone)]
 pub enum Op {
     Write(Range<u64>),
+    /// The clusters that the range touches, compressed.
+    Pack(Range<u64>),
     Zero(Range<u64>),
     Discard(Range<u64>),
     Read(Range<u64>),
@@ -161,7 +163,9 @@ impl<'a> Player<'a> {
 impl Player<'_> {
     fn step(&mut self) {
         let alone = self.share.is_none();
+        let packs = alone && self.prepared.recipe.packs;
         let op = match self.dice.roll(100) {
+            0..30 if packs => Op::Pack(self.range()),
             0..52 => Op::Write(self.range()),
             52..62 => Op::Zero(self.range()),
             62..74 => Op::Discard(self.range()),
@@ -177,6 +181,7 @@ impl Player<'_> {
     fn act(&mut self, op: Op) {
         match op {
             Op::Write(range) => self.write(range),
+            Op::Pack(range) => self.pack(range),
             Op::Zero(range) => self.zero(range, false),
             Op::Discard(range) => self.zero(range, true),
             Op::Read(range) => self.read(range),
@@ -284,6 +289,20 @@ impl Player<'_> {
         self.image.write_at(&bytes, range.start).unwrap();
         self.oracle().end_write(self.log.now(), range.clone());
         self.note(begun, format!("write {range:?} with number {}", self.seq));
+    }
+
+    fn pack(&mut self, range: Range<u64>) {
+        self.seq += 1;
+        let cluster = self.prepared.cluster_size;
+        let end = range.end.next_multiple_of(cluster).min(self.oracle().size());
+        let range = range.start / cluster * cluster..end;
+        let bytes = stamps(range.clone(), self.seq);
+        self.record(&range);
+        let begun = self.log.now();
+        self.oracle().begin_write(begun, range.start, &bytes);
+        self.image.write_compressed(&bytes, range.start).unwrap();
+        self.oracle().end_write(self.log.now(), range.clone());
+        self.note(begun, format!("pack {range:?} with number {}", self.seq));
     }
 
     fn zero(&mut self, range: Range<u64>, discard: bool) {

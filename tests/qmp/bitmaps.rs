@@ -178,13 +178,13 @@ fn a_merge_of_nothing_changes_nothing() {
 }
 
 #[test]
-fn push_backups_are_refused_in_transactions_and_nothing_happens() {
+fn a_push_backup_that_is_refused_takes_its_transaction_with_it() {
     let f = Fixture::new();
     let mut raw = f.raw().negotiated();
     let add = act("block-dirty-bitmap-add", json!({"node": "vda", "name": "b"}));
     let backup = act("blockdev-backup", json!({"device": "vda", "target": "t", "sync": "full"}));
     let question = json!({"execute": "transaction", "arguments": {"actions": [add, backup]}});
-    let text = "Action 'blockdev-backup' is not available in this version of fleecefs";
+    let text = "Cannot find device='t' nor node-name='t'";
     assert_eq!(raw.ask(&question.to_string()), error("GenericError", text));
     assert_eq!(bitmaps(&mut f.client(), "vda"), json!([]));
 }

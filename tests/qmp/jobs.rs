@@ -126,7 +126,7 @@ impl Fixture {
             let mut actions: Vec<Action> = disks.iter().map(|disk| Action::Hold(BitmapRef::new(*disk, "b"))).collect();
             let disks = disks.iter().map(|disk| disk.to_string()).collect();
             let name = "job".to_owned();
-            actions.push(Action::Snapshot(SnapshotRequest { name, disks, since: None }));
+            actions.push(Action::Snapshot(SnapshotRequest { name, disks, ..SnapshotRequest::default() }));
             let applied = self.fleece.apply(&actions).map_err(|e| JobError::Refused(e.text))?;
             let snapshot = applied.snapshot.unwrap();
             let mut works = Vec::<Box<dyn Work>>::new();

@@ -123,3 +123,25 @@ fn what_a_hold_did_not_see_its_successor_has() {
         });
     }
 }
+
+#[test]
+fn a_jobs_view_and_its_bitmap_are_of_one_instant() {
+    explore(1, || {
+        let rig = rig();
+        let writer = writer(&rig);
+        let freeze = Action::Freeze { disk: "a".to_owned(), record: Some(GRANULE) };
+        let applied = rig.fleece.apply(&[freeze, Action::Hold(bm("a/x"))]).unwrap();
+        writer.join().unwrap();
+        let (frozen, hold) = (&applied.frozen[0], &applied.holds[0]);
+        let content = content(frozen.view());
+        let mut later = 0;
+        for at in [0, GRANULE] {
+            let there = content[at as usize] != 0;
+            later += u64::from(!there);
+            assert_eq!(hold.bitmap().is_dirty(at), there);
+            assert_eq!(frozen.overwritten().unwrap().is_dirty(at), !there);
+        }
+        rig.fleece.end_holds(&[(hold, HoldEnd::Abdicate)]).unwrap();
+        assert_eq!(count(&rig.fleece, "a/x"), later);
+    });
+}

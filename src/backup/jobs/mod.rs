@@ -14,7 +14,8 @@
 //! - **J3 what is told is what happened.** A status changes along [`Status::may_become`] only; each change is one event,
 //!   told under the lock, so in the order in which it happened. `concluded` is told after commit or abort.
 //!
-//! QEMU also shows how a job is paused and resumed while nodes are drained: here nothing is, so these events are absent.
+//! QEMU also shows how a job is paused and resumed while nodes are drained: here nothing is, so only pauses that a user
+//! asked for, or an error, are told.
 
 mod handle;
 mod status;
@@ -22,7 +23,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use handle::Handle;
+pub use handle::{Handle, IoStatus};
 pub use status::{Status, Verb};
 pub use table::{JobInfo, Jobs};
 

@@ -1,5 +1,5 @@
 //! Statuses and verbs of jobs, and which goes with which (QEMU's tables in `job.c`, without the statuses of jobs that
-//! can be paused or stay ready).
+//! stay ready).
 
 /// The life of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -8,6 +8,8 @@ pub enum Status {
     Created,
     /// The work runs.
     Running,
+    /// The work waits, for a user asked for that or since it met an error.
+    Paused,
     /// The work has ended well; others of the group run.
     Waiting,
     /// All of the group have ended well; what follows is `finalize`.
@@ -25,6 +27,10 @@ pub enum Status {
 pub enum Verb {
     /// End it without a result.
     Cancel,
+    /// Let it wait.
+    Pause,
+    /// Let it go on.
+    Resume,
     /// Change its limit.
     SetSpeed,
     /// Go on from `pending`.
@@ -39,6 +45,7 @@ impl Status {
         match self {
             Status::Created => "created",
             Status::Running => "running",
+            Status::Paused => "paused",
             Status::Waiting => "waiting",
             Status::Pending => "pending",
             Status::Aborting => "aborting",
@@ -50,8 +57,8 @@ impl Status {
     /// Whether a job of this status accepts `verb`.
     pub fn allows(self, verb: Verb) -> bool {
         match verb {
-            Verb::Cancel => matches!(self, Status::Created | Status::Running | Status::Waiting | Status::Pending),
-            Verb::SetSpeed => matches!(self, Status::Created | Status::Running),
+            Verb::Cancel => self.is_busy() || matches!(self, Status::Waiting | Status::Pending),
+            Verb::Pause | Verb::Resume | Verb::SetSpeed => self.is_busy(),
             Verb::Finalize => self == Status::Pending,
             Verb::Dismiss => self == Status::Concluded,
         }
@@ -61,7 +68,8 @@ impl Status {
     pub fn may_become(self, next: Status) -> bool {
         match self {
             Status::Created => matches!(next, Status::Running | Status::Aborting),
-            Status::Running => matches!(next, Status::Waiting | Status::Aborting),
+            Status::Running => matches!(next, Status::Paused | Status::Waiting | Status::Aborting),
+            Status::Paused => next == Status::Running,
             Status::Waiting => matches!(next, Status::Pending | Status::Aborting),
             Status::Pending => matches!(next, Status::Aborting | Status::Concluded),
             Status::Aborting => next == Status::Concluded,
@@ -72,7 +80,7 @@ impl Status {
 
     /// Whether the work may still be running.
     pub(super) fn is_busy(self) -> bool {
-        matches!(self, Status::Created | Status::Running)
+        matches!(self, Status::Created | Status::Running | Status::Paused)
     }
 }
 
@@ -81,6 +89,8 @@ impl Verb {
     pub fn name(self) -> &'static str {
         match self {
             Verb::Cancel => "cancel",
+            Verb::Pause => "pause",
+            Verb::Resume => "resume",
             Verb::SetSpeed => "set-speed",
             Verb::Finalize => "finalize",
             Verb::Dismiss => "dismiss",

@@ -1,6 +1,6 @@
 //! The table of jobs: how they begin, what verbs do, and how groups end.
 
-use super::handle::{Handle, Sink};
+use super::handle::{Handle, IoStatus, Sink};
 use super::{JobError, JobEvent, JobSpec, Status, Verb, Work};
 use crate::error::{Error, Result, errno};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -31,6 +31,8 @@ pub struct JobInfo {
     pub auto_finalize: bool,
     /// Whether it goes away when it has concluded.
     pub auto_dismiss: bool,
+    /// The error that it stopped for, if it did.
+    pub io_status: IoStatus,
     /// Why it did not end well.
     pub error: Option<String>,
 }
@@ -49,6 +51,7 @@ struct Job {
     group: u64,
     spec: JobSpec,
     status: Status,
+    io_status: IoStatus,
     handle: Arc<Handle>,
     /// Absent while it is being called.
     work: Option<Box<dyn Work>>,
@@ -98,6 +101,7 @@ impl Job {
             speed: self.handle.speed(),
             auto_finalize: self.spec.auto_finalize,
             auto_dismiss: self.spec.auto_dismiss,
+            io_status: self.io_status,
             error,
         }
     }
@@ -174,7 +178,7 @@ impl Jobs {
     }
 
     /// Takes the ids.
-    fn create(&self, specs: Vec<JobSpec>, grouped: bool) -> std::result::Result<Vec<u64>, JobError> {
+    fn create(self: &Arc<Self>, specs: Vec<JobSpec>, grouped: bool) -> std::result::Result<Vec<u64>, JobError> {
         let mut table = self.table.lock();
         if table.stopped {
             return Err(JobError::Refused("The daemon is about to end".into()));
@@ -198,9 +202,25 @@ impl Jobs {
             let key = table.last_key;
             let group = if grouped { first } else { key };
             let handle = Arc::new(Handle::new(&spec.id, speed, self.sink.clone()));
+            let jobs = Arc::downgrade(self);
+            handle.on_pause(move |io_status| {
+                if let Some(jobs) = jobs.upgrade() {
+                    jobs.stop_for_error(key, io_status);
+                }
+            });
             (self.sink)(&JobEvent::Status(spec.id.clone(), Status::Created));
-            let status = Status::Created;
-            table.jobs.push(Job { key, group, spec, status, handle, work: None, outcome: None, settling: false });
+            let (status, io_status) = (Status::Created, IoStatus::Ok);
+            table.jobs.push(Job {
+                key,
+                group,
+                spec,
+                status,
+                io_status,
+                handle,
+                work: None,
+                outcome: None,
+                settling: false,
+            });
             keys.push(key);
         }
         Ok(keys)
@@ -222,6 +242,9 @@ impl Jobs {
             let mut table = self.table.lock();
             let Some(job) = table.of_key(key) else { return };
             self.change(job, Status::Running);
+            if job.handle.is_paused() {
+                self.change(job, Status::Paused);
+            }
             job.spec.id.clone()
         };
         let jobs = self.clone();
@@ -235,6 +258,8 @@ impl Jobs {
         let taken = self.table.lock().of_key(key).and_then(|job| Some((job.work.take()?, job.handle.clone())));
         let Some((mut work, handle)) = taken else { return };
         let result = caught(|| work.run(&handle));
+        // Paused when the last was done: what follows waits, too.
+        let result = result.and_then(|()| handle.admit(0));
         self.finish(key, Some(work), result);
     }
 
@@ -251,6 +276,9 @@ impl Jobs {
             Err(e) => Outcome::Failed(e.to_string()),
         };
         let status = if outcome == Outcome::Done { Status::Waiting } else { Status::Aborting };
+        if job.status == Status::Paused {
+            self.change(job, Status::Running);
+        }
         job.outcome = Some(outcome);
         self.change(job, status);
         let group = job.group;
@@ -420,6 +448,54 @@ impl Jobs {
         let group = job.group;
         self.settle(table, group);
         Ok(())
+    }
+
+    /// Lets a job wait, until it is resumed.
+    pub fn pause(&self, id: &str) -> std::result::Result<(), JobError> {
+        let mut table = self.table.lock();
+        let key = Self::accept(&table, id, Verb::Pause)?;
+        let Some(job) = table.of_key(key) else { return Ok(()) };
+        if job.handle.is_paused() {
+            return Err(JobError::Refused("Job is already paused".into()));
+        }
+        self.set_paused(job);
+        Ok(())
+    }
+
+    /// Lets a job that waits go on.
+    pub fn resume(&self, id: &str) -> std::result::Result<(), JobError> {
+        let mut table = self.table.lock();
+        let key = Self::accept(&table, id, Verb::Resume)?;
+        let Some(job) = table.of_key(key) else { return Ok(()) };
+        if !job.handle.is_paused() {
+            return Err(JobError::Refused("Can't resume a job that was not paused".into()));
+        }
+        job.io_status = IoStatus::Ok;
+        if job.status == Status::Paused {
+            self.change(job, Status::Running);
+        }
+        job.handle.set_paused(false);
+        Ok(())
+    }
+
+    fn set_paused(&self, job: &mut Job) {
+        job.handle.set_paused(true);
+        if job.status == Status::Running {
+            self.change(job, Status::Paused);
+        }
+    }
+
+    /// A running work met an error for which it is to wait.
+    fn stop_for_error(&self, key: u64, io_status: IoStatus) {
+        let mut table = self.table.lock();
+        let Some(job) = table.of_key(key) else { return };
+        // A user's pause stays one.
+        if job.io_status == IoStatus::Ok {
+            job.io_status = io_status;
+        }
+        if !job.handle.is_cancelled() {
+            self.set_paused(job);
+        }
     }
 
     /// Lets a group go on from `pending`; returns when its jobs have concluded.

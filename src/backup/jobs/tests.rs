@@ -526,8 +526,49 @@ fn the_limit_of_the_speed_holds_and_can_be_changed() {
 }
 
 #[test]
+fn a_paused_job_waits_until_it_is_resumed_or_cancelled() {
+    for cancels in [false, true] {
+        let rig = Rig::new();
+        let ends = rig.start(vec![spec("j")], false);
+        rig.wait("j", Status::Running);
+        assert_eq!(rig.jobs.resume("j"), refused("Can't resume a job that was not paused"));
+        rig.jobs.pause("j").unwrap();
+        assert_eq!(rig.jobs.pause("j"), refused("Job is already paused"));
+        ends[0].send(Ok(())).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(rig.jobs.infos()[0].status, Status::Paused);
+        if cancels { rig.jobs.cancel("j") } else { rig.jobs.resume("j") }.unwrap();
+        let lines = rig.log.until("j null");
+        let at = lines.iter().position(|line| line == "j paused").unwrap();
+        let next = if cancels { "j aborting" } else { "j waiting" };
+        assert_eq!(lines[at + 1..at + 3], ["j running", next], "{lines:?}");
+    }
+}
+
+#[test]
+fn a_job_that_stops_for_an_error_says_which() {
+    struct Stops(Log);
+    impl Work for Stops {
+        fn run(&mut self, job: &Handle) -> Result<()> {
+            job.stop(IoStatus::NoSpace)
+        }
+        fn commit(&mut self) -> Result<()> {
+            self.0.push("commit".into());
+            Ok(())
+        }
+        fn abort(&mut self) {}
+    }
+    let rig = Rig::new();
+    rig.jobs.start::<JobError>(vec![spec("j")], false, || Ok(vec![Box::new(Stops(rig.log.clone()))])).unwrap();
+    rig.wait("j", Status::Paused);
+    assert_eq!(rig.jobs.infos()[0].io_status.name(), "nospace");
+    rig.jobs.resume("j").unwrap();
+    assert!(rig.log.until("j null").contains(&"commit".to_owned()));
+}
+
+#[test]
 fn verbs_and_statuses_have_qemus_names() {
-    let names = [Verb::Cancel, Verb::SetSpeed, Verb::Finalize, Verb::Dismiss].map(Verb::name);
-    assert_eq!(names, ["cancel", "set-speed", "finalize", "dismiss"]);
+    let all = [Verb::Cancel, Verb::Pause, Verb::Resume, Verb::SetSpeed, Verb::Finalize, Verb::Dismiss];
+    assert_eq!(all.map(Verb::name), ["cancel", "pause", "resume", "set-speed", "finalize", "dismiss"]);
     assert!(!Status::Null.may_become(Status::Created) && Status::Null.name() == "null");
 }

@@ -194,6 +194,60 @@ pub struct SnapshotEntry {
     pub reference: Option<Uuid>,
     /// Why its map says that everything is dirty, if it does.
     pub full_reason: Option<String>,
+    /// What its maker says of it.
+    #[serde(default)]
+    pub notes: Notes,
+    /// What its view leaves out, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<SkippedEntry>,
+}
+
+/// What a view leaves out; the list of it lies beside the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SkippedEntry {
+    /// `swap`, `free`: what there was of that.
+    pub kinds: Vec<String>,
+    /// Bytes of the disk.
+    pub bytes: u64,
+    /// crc32c of the list.
+    pub crc: u32,
+}
+
+/// What the maker of a snapshot says of it: nothing here is found out by us.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notes {
+    /// What a restored disk finds.
+    pub consistency: Consistency,
+    /// What was run around the instant, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<HookNote>,
+}
+
+/// What a restored disk finds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// What a guest finds after a loss of power: journals are replayed.
+    #[default]
+    Crash,
+    /// File systems that were frozen at the instant.
+    Filesystem,
+}
+
+/// Something that was run around the instant of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookNote {
+    /// The command of a hook, or the guest that was frozen.
+    pub command: String,
+    /// `pre`, `freeze`, `thaw`, `post` or `failed`.
+    pub phase: String,
+    /// Its exit code, 128 + N where signal N ended it; of a freeze or a thaw 0 or 1.
+    pub exit: i32,
+    /// How long it took, in milliseconds.
+    pub ms: u64,
+    /// What went wrong, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// One disk's part in a change of several disks, until the coordinator's directory tells whether it happened.

@@ -33,8 +33,8 @@ mod tests;
 
 pub use areas::Area;
 pub use directory::{
-    BitmapEntry, CheckpointEntry, CheckpointState, ConsumerEntry, Directory, InImage, LayerEntry, Loss, Prepared,
-    PreparedAction, SnapshotEntry, UserBitmap, UserBitmapState,
+    BitmapEntry, CheckpointEntry, CheckpointState, Consistency, ConsumerEntry, Directory, HookNote, InImage,
+    LayerEntry, Loss, Notes, Prepared, PreparedAction, SkippedEntry, SnapshotEntry, UserBitmap, UserBitmapState,
 };
 pub use intent::RegionBits;
 pub use superblock::{HEARTBEAT_NS, State, Superblock, region_size_for};

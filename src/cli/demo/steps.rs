@@ -3,10 +3,10 @@
 use super::disk::{self, DISK_BYTES, find_tool};
 use super::guest::Guest;
 use super::{Place, Talk};
-use crate::backup::{ExtentSource, Totals};
-use crate::cli::extents::MapSource;
+use crate::backup::{ExtentSource, MapSource, Totals};
 use crate::error::{Error, Result, errno};
 use crate::units::human_size;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -28,7 +28,7 @@ pub fn run(place: &Place, talk: &Talk) -> Result<bool> {
     talk.say("disk", format!("{}: {}, {content}", place.image().display(), human_size(DISK_BYTES)));
     let start = Instant::now();
     // A bound of its own: without one, stores leave 5 % of the file system free, which a full one does not have.
-    place.fleecefs(&["mount", "--store-limit", STORE_LIMIT, &place.image().to_string_lossy()], &place.mnt())?;
+    place.fleecefs(&[&"mount", &"--store-limit", &STORE_LIMIT, &place.image(), &place.mnt()])?;
     let command = format!("fleecefs mount --store-limit {STORE_LIMIT} disk.raw mnt");
     talk.say("mount", format!("{command}: answers after {}", millis(start.elapsed())));
     let guest = Guest::start(&place.mnt().join("live/disk.raw"))?;
@@ -37,10 +37,11 @@ pub fn run(place: &Place, talk: &Talk) -> Result<bool> {
     let outcome = snapshots(place, talk, &guest);
     // A guest that failed is the better explanation.
     let writes = guest.stop()?;
-    let same = outcome?;
+    let mut same = outcome?;
+    talk.say("guest", format!("wrote {writes} blocks, none failed"));
+    same &= revert(place, talk)?;
     let start = Instant::now();
     place.umount()?;
-    talk.say("guest", format!("wrote {writes} blocks, none failed"));
     talk.say("umount", format!("state saved in {}", millis(start.elapsed())));
     Ok(same)
 }
@@ -49,6 +50,7 @@ fn snapshots(place: &Place, talk: &Talk, guest: &Guest) -> Result<bool> {
     let mut same = first(place, talk, guest)?;
     pause(talk)?;
     same &= second(place, talk, guest)?;
+    backups(place, talk)?;
     Ok(same)
 }
 
@@ -89,6 +91,45 @@ fn second(place: &Place, talk: &Talk, guest: &Guest) -> Result<bool> {
         & talk.compare("second view before and after the guest's later writes", &before, &hash(&view)?);
     thaw(place, talk, guest, "second")?;
     Ok(same)
+}
+
+/// The same by one command: a full point of a backup, and one of what changed since.
+fn backups(place: &Place, talk: &Talk) -> Result<()> {
+    for kind in ["all of it", "only what changed"] {
+        let start = Instant::now();
+        let told = place.fleecefs(&[&"backup", &place.mnt(), &"--to", &place.backup(), &"--json"])?;
+        let copied = number_in(&told, "/disks/0/copied_bytes")?;
+        let text =
+            format!("fleecefs backup mnt --to backup: {kind}, {}, in {}", human_size(copied), millis(start.elapsed()));
+        talk.say("backup", text);
+        pause(talk)?;
+    }
+    Ok(())
+}
+
+/// The guest is off: its disk as it was at the newest point, in place, for what changed since.
+fn revert(place: &Place, talk: &Talk) -> Result<bool> {
+    let (live, point) = (place.mnt().join("live/disk.raw"), place.point());
+    place.fleecefs(&[&"restore", &place.backup(), &"--to", &point])?;
+    let start = Instant::now();
+    let told = place.fleecefs(&[&"restore", &place.backup(), &"--to", &live, &"--changed-only", &"--json"])?;
+    let written = number_in(&told, "/written")?.saturating_add(number_in(&told, "/zeroed")?);
+    talk.say(
+        "restore",
+        format!(
+            "fleecefs restore backup --to mnt/live/disk.raw --changed-only: {} written in {}",
+            human_size(written),
+            millis(start.elapsed())
+        ),
+    );
+    Ok(talk.compare("live disk and the backup's newest point", &hash(&live)?, &hash(&point)?))
+}
+
+/// A number in what a command said.
+fn number_in(json: &str, place: &str) -> Result<u64> {
+    let value: Option<Value> = serde_json::from_str(json).ok();
+    let number = value.and_then(|value| value.pointer(place)?.as_u64());
+    number.ok_or_else(|| Error::new(errno::EIO, "demo", format!("no number at {place} in: {}", json.trim())))
 }
 
 /// Takes a snapshot as any user would; gives the path of the view.

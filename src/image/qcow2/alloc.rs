@@ -84,6 +84,8 @@ pub struct Allocator {
     settling: BTreeMap<u64, u64>,
     /// Clusters that must not be handed out: first, end and what they hold.
     protected: BTreeMap<u64, (u64, &'static str)>,
+    /// Where compressed data go on, in the cluster that holds the last of them; 0: nowhere.
+    packing: u64,
     /// See [`Allocator::note_leaks`].
     leaks: bool,
 }
@@ -118,6 +120,7 @@ impl Allocator {
             freed: BTreeMap::new(),
             settling: BTreeMap::new(),
             protected: BTreeMap::from([(0, (1, "the header"))]),
+            packing: 0,
             leaks: false,
         })
     }
@@ -203,8 +206,30 @@ impl Allocator {
         }
     }
 
-    /// Counts one more reference to a cluster that is in use, as who takes an internal snapshot does.
-    #[cfg(test)]
+    /// A place for `bytes` of compressed data, more than none and fewer than a cluster has: behind what was packed last,
+    /// which may go on in the cluster `new`, handed out for this, else at the start of that. Each cluster that they touch has one more
+    /// reference; `new` keeps the one that it has. None where there is no place without a new cluster.
+    ///
+    /// A cluster that nothing refers to any more is nobody's place to go on: `give_up` sees to that.
+    pub fn pack(&mut self, bytes: u64, new: Option<u64>) -> Result<Option<u64>> {
+        let bits = self.place.cluster_bits;
+        let (at, here) = (self.packing, self.packing >> bits);
+        let room = at.next_multiple_of(self.place.cluster_bytes()) - at;
+        let joins = room > 0 && self.refcount(here)? < self.place.width.max();
+        let start = match new {
+            None if joins && bytes <= room => at,
+            None => return Ok(None),
+            Some(new) if joins && new == here + 1 => at,
+            Some(new) => new << bits,
+        };
+        if joins && start == at {
+            self.share(here)?;
+        }
+        self.packing = start + bytes;
+        Ok(Some(start))
+    }
+
+    /// Counts one more reference to a cluster that is in use.
     pub fn share(&mut self, cluster: u64) -> Result<()> {
         match self.refcount(cluster)? {
             0 => Err(damaged(&*self.storage, format!("cluster {cluster} is shared, but its refcount is 0"))),
@@ -353,6 +378,10 @@ impl Allocator {
         self.set(cluster, left)?;
         if left == 0 {
             self.reusable.insert(cluster);
+            // Whoever gets it next fills it from its start.
+            if self.packing >> self.place.cluster_bits == cluster {
+                self.packing = 0;
+            }
         }
         Ok(())
     }

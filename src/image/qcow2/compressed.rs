@@ -1,8 +1,9 @@
-//! Compressed clusters: decompression and a small cache of what came out.
+//! Compressed clusters: compression, decompression and a small cache of what came out.
 //!
 //! Readers come in pieces of a cluster, often several at once, so the last few clusters are kept, and of several
 //! readers of one cluster one decompresses while the others wait for it. The key is where the compressed data lie: they
-//! are never changed in place, a write puts the cluster elsewhere.
+//! are never changed in place, a write puts the cluster elsewhere. A place that was freed may get other data later: who
+//! publishes these has the cache forget it first ([`Decompressor::forget`]).
 //!
 //! Input is hostile: what a stream can make us allocate is bounded by the cluster and [`ZSTD_WINDOW_MAX_BYTES`].
 
@@ -11,7 +12,7 @@ use super::host::HostFile;
 use super::tables::{CompressedAt, Geometry};
 use crate::error::{Error, Result, errno};
 use crate::storage::Storage;
-use flate2::{Decompress, FlushDecompress};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use parking_lot::Mutex;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use std::io::Read;
@@ -72,6 +73,11 @@ impl Decompressor {
         }
     }
 
+    /// Nothing that was read at `at` until now is kept. Called when new data are there, and before an entry says so.
+    pub fn forget(&self, at: CompressedAt) {
+        self.cache.lock().retain(|cached| cached.at != at);
+    }
+
     fn cached(&self, at: CompressedAt) -> Arc<Cached> {
         let mut cache = self.cache.lock();
         let cached = match cache.iter().position(|cached| cached.at == at) {
@@ -98,6 +104,28 @@ impl Decompressor {
                 .at_path(file.path())
         })?;
         Ok(cluster)
+    }
+}
+
+/// What a decoder of QEMU's keeps of a deflate stream's output, as a power of two: 4 KiB.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+
+/// Compresses a cluster. None where that makes it no smaller.
+pub fn compress(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let packed = match compression {
+        Compression::Zlib => deflate(cluster)?,
+        Compression::Zstd => ruzstd::encoding::compress_to_vec(cluster, ruzstd::encoding::CompressionLevel::Fastest),
+    };
+    (!packed.is_empty() && packed.len() < cluster.len()).then_some(packed)
+}
+
+/// A raw deflate stream of `input`, where it is smaller than that.
+fn deflate(input: &[u8]) -> Option<Vec<u8>> {
+    let mut stream = Compress::new_with_window_bits(flate2::Compression::default(), false, DEFLATE_WINDOW_BITS);
+    let mut output = Vec::with_capacity(input.len());
+    match stream.compress_vec(input, &mut output, FlushCompress::Finish) {
+        Ok(Status::StreamEnd) => Some(output),
+        _ => None,
     }
 }
 

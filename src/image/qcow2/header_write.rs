@@ -57,6 +57,12 @@ pub fn update(storage: &dyn Storage, change: impl FnOnce(&mut Header)) -> Result
     Ok(plan.compact.header)
 }
 
+/// The first cluster of a new image that has this header; gives the header with the backing file's name where it is then.
+pub fn first_cluster(header: &Header) -> Result<(Header, Vec<u8>)> {
+    let Layout { header, bytes, .. } = Layout::new(header, header.header_length as usize)?;
+    Ok((header, bytes))
+}
+
 /// Whether [`update`] could make the change.
 pub fn check(storage: &dyn Storage, change: impl FnOnce(&mut Header)) -> Result<()> {
     Plan::new(storage, change).map(|_| ())

@@ -11,7 +11,9 @@
 //! | [`describe`] | what the header tells, in QEMU's names |
 //! | `chain` | opening an image and all that lies below it |
 //! | [`files`] | which files these are |
+//! | [`create`] | new images |
 //! | `write` | changes of guest data: in place, or allocate, fill, sync, publish |
+//! | `pack` | clusters stored compressed |
 //! | `resize` | changes of the disk's size |
 //! | [`range_lock`] | keeps two changes of one cluster apart |
 //! | [`session`], [`alloc`] | what a read-write open keeps: the marks in the header, and who may have which cluster |
@@ -55,6 +57,7 @@ mod bitmaps_store;
 mod chain;
 pub mod check;
 pub mod compressed;
+pub mod create;
 pub mod describe;
 pub mod extensions;
 pub mod files;
@@ -62,6 +65,7 @@ pub mod header;
 pub mod header_write;
 pub mod host;
 pub mod mapping;
+mod pack;
 mod persistent;
 mod prepare;
 pub mod range_lock;
@@ -328,6 +332,10 @@ impl Image for Qcow2Image {
         self.write(self.writer("write", offset, buf.len() as u64)?, buf, offset)
     }
 
+    fn write_compressed(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.pack(self.writer("write compressed", offset, buf.len() as u64)?, buf, offset)
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, discard: bool) -> Result<()> {
         let what = if discard { "discard" } else { "write zeros" };
         self.zero(self.writer(what, offset, len)?, offset..offset + len, discard)
@@ -368,6 +376,14 @@ impl Image for Qcow2Image {
             return Ok(BlockStatus { len, zero: true });
         }
         self.status(offset, there)
+    }
+
+    fn is_own(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        if len == 0 {
+            return Ok((true, 0));
+        }
+        let run = self.mapping.run(&self.file, self.data(), offset, len)?;
+        Ok((run.source != Source::Backing, run.len))
     }
 
     fn stamp(&self) -> Result<Stamp> {

@@ -152,6 +152,28 @@ impl Session {
         Ok(Clusters { offset: HostOffset(row.start << self.cluster_bits), count, fresh: false })
     }
 
+    /// Hands out a place for `bytes` of compressed data, fewer than a cluster has. Version 3 only: in version 2 refcounts
+    /// would have to be durable before each entry.
+    pub fn allocate_bytes(&mut self, bytes: u64) -> Result<HostOffset> {
+        self.begin()?;
+        if let Some(place) = self.alloc.pack(bytes, None)? {
+            return Ok(HostOffset(place));
+        }
+        let new = self.allocate(1)?;
+        match self.alloc.pack(bytes, Some(new.offset.0 >> self.cluster_bits)) {
+            Ok(place) => Ok(HostOffset(place.unwrap_or(new.offset.0))),
+            Err(e) => {
+                self.take_back(&new);
+                Err(e)
+            }
+        }
+    }
+
+    /// Gives back a place for compressed data that was not published.
+    pub fn take_back_bytes(&mut self, at: CompressedAt) {
+        self.give_back(self.clusters_of(at));
+    }
+
     /// Gives back what was handed out and not published.
     pub fn take_back(&mut self, clusters: &Clusters) {
         let first = clusters.offset.0 >> self.cluster_bits;
@@ -186,9 +208,13 @@ impl Session {
     /// A compressed cluster is gone from the tables in the file: one reference to each host cluster that it touched.
     pub fn free_compressed(&mut self, at: CompressedAt) -> Result<()> {
         self.begin()?;
-        let first = at.offset.0 >> self.cluster_bits;
+        self.clusters_of(at).into_iter().try_for_each(|cluster| self.alloc.free(cluster))
+    }
+
+    /// The clusters that compressed data touch.
+    fn clusters_of(&self, at: CompressedAt) -> Range<u64> {
         let last = (at.offset.0 + at.max_bytes - 1) >> self.cluster_bits;
-        (first..=last).try_for_each(|cluster| self.alloc.free(cluster))
+        at.offset.0 >> self.cluster_bits..last + 1
     }
 
     /// See [`Allocator::begin_flush`].

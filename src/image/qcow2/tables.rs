@@ -43,6 +43,21 @@ pub struct Geometry {
     pub external_data: bool,
 }
 
+impl CompressedAt {
+    /// Of `bytes` (at least 1) at a host offset.
+    pub fn new(offset: HostOffset, bytes: u64) -> CompressedAt {
+        CompressedAt { offset, max_bytes: (offset.0 + bytes).next_multiple_of(SECTOR_BYTES) - offset.0 }
+    }
+
+    /// The L2 entry that says this; None where its bits do not suffice.
+    pub fn encode(&self, geometry: &Geometry) -> Option<u64> {
+        let bits = geometry.compressed_offset_bits();
+        let sectors = (self.offset.0 % SECTOR_BYTES + self.max_bytes) / SECTOR_BYTES - 1;
+        let fits = self.offset.0 >> bits.min(56) == 0 && sectors >> (62 - bits) == 0;
+        fits.then_some(COMPRESSED | self.offset.0 | sectors << bits)
+    }
+}
+
 impl Geometry {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
@@ -248,10 +263,7 @@ mod tests {
             L2Entry::ZeroPlain => (ZERO, 0),
             L2Entry::ZeroPreallocated { offset, copied } => (offset.0 | flag(copied) | ZERO, 0),
             L2Entry::Standard { offset, copied } => (offset.0 | flag(copied), 0),
-            L2Entry::Compressed(at) => {
-                let sectors = (at.offset.0 % 512 + at.max_bytes) / 512 - 1;
-                (COMPRESSED | at.offset.0 | sectors << (62 - (geometry.cluster_bits - 8)), 0)
-            }
+            L2Entry::Compressed(at) => (at.encode(geometry).unwrap(), 0),
             L2Entry::Subclusters { offset, copied, allocated, zero } => {
                 let raw = offset.map_or(0, |offset| offset.0) | flag(copied);
                 (raw, u64::from(allocated) | u64::from(zero) << 32)

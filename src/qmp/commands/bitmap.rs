@@ -18,7 +18,7 @@ pub(super) const COMMANDS: &[Command] = &[
 
 type Taken<T> = std::result::Result<T, CommandError>;
 /// Takes the members of an action, all but [`Arguments::finish`].
-pub(super) type Read = fn(&mut Arguments) -> Taken<Action>;
+type Read = fn(&mut Arguments) -> Taken<Action>;
 
 pub(super) fn add(arguments: &mut Arguments) -> Taken<Action> {
     Ok(Action::Add {

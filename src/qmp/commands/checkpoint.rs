@@ -1,6 +1,6 @@
 //! Checkpoints and the consumers that point at them.
 
-use super::Command;
+use super::{Command, Held};
 use crate::qmp::args::Arguments;
 use crate::qmp::{CommandResult, Host};
 use serde_json::json;
@@ -9,6 +9,7 @@ pub(super) const COMMANDS: &[Command] = &[
     Command::new("fleecefs-checkpoint-list", list),
     Command::new("fleecefs-checkpoint-delete", delete),
     Command::new("fleecefs-consumer-list", consumer_list),
+    Command::holding("fleecefs-consumer-lock", consumer_lock),
     Command::new("fleecefs-consumer-set", consumer_set),
     Command::new("fleecefs-consumer-delete", consumer_delete),
 ];
@@ -37,6 +38,14 @@ fn delete(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
 fn consumer_list(host: &dyn Host, arguments: Arguments) -> CommandResult {
     arguments.finish()?;
     Ok(json!(host.fleece().consumers()))
+}
+
+/// The lock is the connection's, and goes with it.
+fn consumer_lock(host: &dyn Host, held: &mut Held, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    arguments.finish()?;
+    held.consumers.push(host.fleece().lock_consumer(&name)?);
+    Ok(json!({}))
 }
 
 fn consumer_set(host: &dyn Host, mut arguments: Arguments) -> CommandResult {

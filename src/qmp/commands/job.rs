@@ -11,10 +11,16 @@ pub(super) const COMMANDS: &[Command] = &[
     Command::new("query-jobs", |host, arguments| list(host, arguments, job)),
     Command::new("query-block-jobs", |host, arguments| list(host, arguments, block_job)),
     Command::new("job-cancel", |host, arguments| of_id(arguments, |id| host.jobs().cancel(id))),
+    Command::new("job-pause", |host, arguments| of_id(arguments, |id| host.jobs().pause(id))),
+    Command::new("job-resume", |host, arguments| of_id(arguments, |id| host.jobs().resume(id))),
     Command::new("job-finalize", |host, arguments| of_id(arguments, |id| host.jobs().finalize(id))),
     Command::new("job-dismiss", |host, arguments| of_id(arguments, |id| host.jobs().dismiss(id))),
     Command::new("block-job-cancel", block_job_cancel),
     Command::new("block-job-set-speed", block_job_set_speed),
+    Command::new("block-job-pause", |host, arguments| of_block_job(host, arguments, "device", Jobs::pause)),
+    Command::new("block-job-resume", |host, arguments| of_block_job(host, arguments, "device", Jobs::resume)),
+    Command::new("block-job-finalize", |host, arguments| of_block_job(host, arguments, "id", Jobs::finalize)),
+    Command::new("block-job-dismiss", |host, arguments| of_block_job(host, arguments, "id", Jobs::dismiss)),
 ];
 
 fn list(host: &dyn Host, arguments: Arguments, row: fn(JobInfo) -> Value) -> CommandResult {
@@ -44,9 +50,9 @@ fn block_job(info: JobInfo) -> Value {
         "len": info.total,
         "speed": info.speed,
         "busy": info.status == Status::Running,
-        "paused": false,
+        "paused": info.status == Status::Paused,
         "ready": false,
-        "io-status": "ok",
+        "io-status": info.io_status.name(),
         "auto-finalize": info.auto_finalize,
         "auto-dismiss": info.auto_dismiss,
     });
@@ -79,11 +85,26 @@ fn of_device(jobs: &Jobs, id: &str, verb: impl FnOnce(&Jobs) -> Result<(), JobEr
     }
 }
 
-/// `force` is about jobs that are paused or ready: there are none.
+fn of_block_job(
+    host: &dyn Host,
+    mut arguments: Arguments,
+    name: &str,
+    verb: fn(&Jobs, &str) -> Result<(), JobError>,
+) -> CommandResult {
+    let id = arguments.string(name)?;
+    arguments.finish()?;
+    of_device(host.jobs(), &id, |jobs| verb(jobs, &id))
+}
+
+/// A job that is paused is cancelled by `force` alone.
 fn block_job_cancel(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let id = arguments.string("device")?;
-    arguments.optional_bool("force")?;
+    let force = arguments.optional_bool("force")?.unwrap_or(false);
     arguments.finish()?;
+    let is_paused = |info: &JobInfo| info.id == id && info.status == Status::Paused;
+    if !force && host.jobs().infos().iter().any(is_paused) {
+        return Err(CommandError::generic(format!("The block job for device '{id}' is currently paused")));
+    }
     of_device(host.jobs(), &id, |jobs| jobs.cancel(&id))
 }
 

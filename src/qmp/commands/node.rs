@@ -256,6 +256,9 @@ fn add(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
 fn del(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     let name = arguments.string("node-name")?;
     arguments.finish()?;
+    if host.nodes().is_occupied(&name) {
+        return Err(CommandError::generic(format!("Block device {name} is in use")));
+    }
     match host.nodes().remove(&name, host.fleece()) {
         Ok(true) => return Ok(json!({})),
         Ok(false) => {}

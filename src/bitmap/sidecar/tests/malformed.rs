@@ -272,14 +272,22 @@ fn consumer() -> impl Strategy<Value = ConsumerEntry> {
 }
 
 fn layer() -> impl Strategy<Value = LayerEntry> {
-    let snapshot = (uuid(), name(), any::<i64>(), uuid(), option(uuid()), option(name())).prop_map(
-        |(uuid, name, time_ns, checkpoint, reference, full_reason)| SnapshotEntry {
+    let hook = (name(), name(), any::<i32>(), any::<u64>(), option(name()))
+        .prop_map(|(command, phase, exit, ms, error)| HookNote { command, phase, exit, ms, error });
+    let consistency =
+        any::<bool>().prop_map(|frozen| if frozen { Consistency::Filesystem } else { Consistency::Crash });
+    let notes = (consistency, proptest::collection::vec(hook, 0..3usize))
+        .prop_map(|(consistency, hooks)| Notes { consistency, hooks });
+    let snapshot = (uuid(), name(), any::<i64>(), uuid(), option(uuid()), option(name()), notes).prop_map(
+        |(uuid, name, time_ns, checkpoint, reference, full_reason, notes)| SnapshotEntry {
             uuid,
             name,
             time_ns,
             checkpoint,
             reference,
             full_reason,
+            notes,
+            skipped: None,
         },
     );
     (uuid(), any::<u64>(), any::<u64>(), any::<u64>(), name(), option(snapshot)).prop_map(
@@ -328,6 +336,15 @@ fn any_directory() -> impl Strategy<Value = Directory> {
             ..empty()
         },
     )
+}
+
+#[test]
+fn a_snapshot_of_before_there_were_notes_is_crash_consistent() {
+    let entry = serde_json::json!({
+        "uuid": Uuid::nil(), "name": "s", "time_ns": 0, "checkpoint": Uuid::nil(), "reference": null, "full_reason": null,
+    });
+    let entry: SnapshotEntry = serde_json::from_value(entry).unwrap();
+    assert_eq!(entry.notes, Notes { consistency: Consistency::Crash, hooks: Vec::new() });
 }
 
 proptest! {

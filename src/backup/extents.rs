@@ -1,6 +1,6 @@
 //! The extents of a map that the mount serves as JSON, read piece by piece: a map of millions is never held.
 
-use crate::backup::{Extent, ExtentSource, Extents};
+use super::{Extent, ExtentSource, Extents};
 use crate::error::{Error, Result, errno};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,7 +11,7 @@ const MAX_EXTENT_BYTES: u64 = 1024;
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// A map file of a frozen view. It never changes while the view exists, so every walk gives the same.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MapSource {
     path: PathBuf,
     disk_size: u64,
@@ -62,7 +62,9 @@ impl ExtentSource for MapSource {
         let file = File::open(&self.path).map_err(|e| Error::io("open", e).at_path(&self.path))?;
         let reader = BufReader::with_capacity(BUFFER_BYTES, file);
         let extents = Reader { source: self, reader, text: Vec::new(), ended: false };
-        Ok(Box::new(extents.skip_while(move |extent| extent.as_ref().is_ok_and(|e| e.start < offset))))
+        Ok(Box::new(
+            extents.skip_while(move |extent| extent.as_ref().is_ok_and(|e| e.start.saturating_add(e.length) <= offset)),
+        ))
     }
 }
 

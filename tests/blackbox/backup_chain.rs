@@ -89,7 +89,7 @@ fn with_failure(mount: &Mount, dir: &Path, format: &str, name: &str, number: usi
 }
 
 fn chain(format: &str) {
-    let mib = sized(32, 1024);
+    let mib = sized(32, 256);
     let rig = Rig::new();
     let mount = rig.mount([rig.image("vda", mib)]);
     let dir = rig.path("backup");

@@ -29,7 +29,8 @@ pub mod errno {
 /// Longest time that any one command may take, in seconds.
 const COMMAND_LIMIT_S: &str = "120";
 /// Longest time that one mount may live.
-const MOUNT_LIMIT: Duration = Duration::from_secs(300);
+const MOUNT_LIMIT_S: u64 = 300;
+const FULL_MOUNT_LIMIT_S: u64 = 1800;
 
 /// Ends the test, with one line, where something that it needs is absent: a tool by name, a file by path, or `root`.
 macro_rules! requires {
@@ -230,12 +231,14 @@ pub struct Mount {
     watchdog: Option<Sender<()>>,
 }
 
-/// Ends a mount that is still there after [`MOUNT_LIMIT`]: callers that the kernel does not let go of otherwise then
+/// Ends a mount that is still there after [`MOUNT_LIMIT_S`]: callers that the kernel does not let go of otherwise then
 /// fail, and the test with them.
 fn watchdog(pid: u32, connection: Option<u64>) -> Sender<()> {
     let (sender, receiver) = std::sync::mpsc::channel::<()>();
     std::thread::spawn(move || {
-        if receiver.recv_timeout(MOUNT_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        if receiver.recv_timeout(Duration::from_secs(sized(MOUNT_LIMIT_S, FULL_MOUNT_LIMIT_S)))
+            == Err(RecvTimeoutError::Timeout)
+        {
             say(&format!("daemon {pid} is killed: its test hangs"));
             let _ = tool("kill").args(["-9", &pid.to_string()]).output();
             connection.into_iter().for_each(abort);

@@ -42,8 +42,10 @@ pub enum Action {
         /// Those that keep theirs; the target may be one of them.
         sources: Vec<BitmapRef>,
     },
-    /// Holds a bitmap as it is now for a reader; see [`Hold`].
+    /// Holds a bitmap as it is now for a reader, with whose end it may move on; see [`Hold`].
     Hold(BitmapRef),
+    /// Holds a bitmap that will not move on; it may be one of an image that is read-only.
+    HoldToRead(BitmapRef),
     /// Freezes a disk for a job; see [`Frozen`].
     Freeze {
         /// The disk.

@@ -158,14 +158,8 @@ impl Plan {
             Action::Enable(bitmap) => self.record(fleece, bitmap, true),
             Action::Disable(bitmap) => self.record(fleece, bitmap, false),
             Action::Merge { target, sources } => self.merge(fleece, target, sources),
-            Action::Hold(bitmap) => {
-                let slot = self.find(fleece, bitmap)?;
-                self.checked(slot, Use::Read)?;
-                let held = &mut self.slots[slot];
-                (held.busy, held.read) = (true, true);
-                self.steps.push(Step::Hold(slot));
-                Ok(())
-            }
+            Action::Hold(bitmap) => self.hold(fleece, bitmap, Use::Change),
+            Action::HoldToRead(bitmap) => self.hold(fleece, bitmap, Use::Read),
             Action::Freeze { disk, record } => {
                 let disk = fleece.disk(disk).map_err(|_| Refused::unknown_device(disk))?;
                 disk.check_freezable()?;
@@ -260,6 +254,15 @@ impl Plan {
         let mut others: Vec<&str> = self.slots.iter().filter(added).map(|slot| slot.name.as_str()).collect();
         others.extend(directory.bitmaps.iter().filter(|user| user.persistent).map(|user| user.name.as_str()));
         image.can_store(name, granularity, &others).or_else(|why| refused(&why))
+    }
+
+    fn hold(&mut self, fleece: &Fleece, bitmap: &BitmapRef, what: Use) -> Checked<()> {
+        let slot = self.find(fleece, bitmap)?;
+        self.checked(slot, what)?;
+        let held = &mut self.slots[slot];
+        (held.busy, held.read) = (true, true);
+        self.steps.push(Step::Hold(slot));
+        Ok(())
     }
 
     fn record(&mut self, fleece: &Fleece, bitmap: &BitmapRef, recording: bool) -> Checked<()> {

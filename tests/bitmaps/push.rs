@@ -24,12 +24,16 @@ impl Target {
     }
 
     fn spec(&self, sync: Sync, on_target_error: OnError) -> PushSpec {
+        self.spec_of(sync, OnError::Report, on_target_error)
+    }
+
+    fn spec_of(&self, sync: Sync, on_source_error: OnError, on_target_error: OnError) -> PushSpec {
         let storage = Faulty { inner: self.file.shared(), plan: self.faults.clone() };
         PushSpec {
             sync,
             goal: Goal::Image(Arc::new(RawImage::over(Arc::new(storage), false).unwrap())),
             compress: false,
-            on_source_error: OnError::Report,
+            on_source_error,
             on_target_error,
             kept: Box::new(()),
         }
@@ -181,4 +185,160 @@ fn a_backup_that_stops_for_an_error_goes_on_where_it_was() {
     assert!(ended.recv().unwrap());
     assert_eq!(hash(&fleece, "a/x"), hash_of(&[]));
     assert!(target.bytes() == old);
+}
+
+/// What is told of a job, in short.
+fn told(event: &JobEvent) -> String {
+    match event {
+        JobEvent::Status(_, status) => status.name().to_owned(),
+        JobEvent::Pending(_) => "waits for finalize".to_owned(),
+        JobEvent::Completed(info) if info.error.is_none() => "ended well".to_owned(),
+        JobEvent::Completed(_) => "failed".to_owned(),
+        JobEvent::Cancelled(_) => "cancelled".to_owned(),
+        JobEvent::Error { operation, action, .. } => format!("{operation}: {action}"),
+    }
+}
+
+/// A push of all of disk `a`, by the bitmap `x`, one side of which fails.
+struct Failing {
+    host: Host,
+    fleece: Arc<Fleece>,
+    target: Target,
+    jobs: Arc<Jobs>,
+    events: Receiver<JobEvent>,
+    old: Vec<u8>,
+}
+
+impl Failing {
+    /// Its source fails to read, or its target to write, from `range` on until [`Failing::mend`].
+    fn start(read: bool, range: std::ops::Range<u64>, errno: i32, policy: OnError) -> Failing {
+        let host = Host::one();
+        let fleece = host.mount();
+        apply(&fleece, &[add("a/x")]);
+        touch(&fleece, "a", &[0, 1, 2, 3, 4, 5]);
+        let old = read_live(&fleece.disk("a").unwrap(), 0, DISK_BYTES);
+        let target = Target::new();
+        // The other side ends the job at its first error.
+        let (plan, call, spec) = if read {
+            (&host.files["a"].image_faults, Call::Read, target.spec_of(Sync::Full, policy, OnError::Report))
+        } else {
+            (&target.faults, Call::Write, target.spec_of(Sync::Full, OnError::Report, policy))
+        };
+        plan.fail_range(call, range, errno);
+        let (tell, events) = channel();
+        let jobs = Jobs::new(move |event| {
+            let _ = tell.send(event.clone());
+        });
+        start(&fleece, &jobs, vec![("a", spec, BitmapMode::OnSuccess)], false, || ());
+        Failing { host, fleece, target, jobs, events, old }
+    }
+
+    fn mend(&self) {
+        self.host.clear_faults();
+        self.target.faults.clear();
+    }
+
+    #[track_caller]
+    fn expect(&self, events: &[&str]) {
+        for expected in events {
+            let event = self.events.recv_timeout(std::time::Duration::from_secs(60)).expect(expected);
+            assert_eq!(told(&event), *expected, "{event:?}");
+        }
+    }
+
+    /// It ended well: the target has it all, and the bitmap moved on.
+    #[track_caller]
+    fn expect_well(&self) {
+        self.expect(&["waiting", "pending", "ended well", "concluded", "null"]);
+        assert!(self.target.bytes() == self.old);
+        assert_eq!((hash(&self.fleece, "a/x"), info(&self.fleece, "a/x").busy), (hash_of(&[]), false));
+    }
+
+    /// It did not: the bitmap is as it was.
+    fn expect_nothing_forgotten(&self) {
+        assert_eq!(hash(&self.fleece, "a/x"), hash_of(&[0, 1, 2, 3, 4, 5]));
+        assert!(!info(&self.fleece, "a/x").busy);
+    }
+}
+
+/// One of several threads comes upon it.
+const ONE_GRANULE: std::ops::Range<u64> = 2 * GRANULE..3 * GRANULE;
+
+#[test]
+fn an_error_that_is_reported_ends_the_job_and_the_bitmap_stays() {
+    for (read, operation) in [(true, "read: report"), (false, "write: report")] {
+        for (policy, errno) in
+            [(OnError::Report, errno::EIO), (OnError::Report, errno::ENOSPC), (OnError::Enospc, errno::EIO)]
+        {
+            for range in [ONE_GRANULE, 0..DISK_BYTES] {
+                let push = Failing::start(read, range, errno, policy);
+                push.expect(&["created", "running", operation, "aborting", "failed", "concluded", "null"]);
+                push.expect_nothing_forgotten();
+            }
+        }
+    }
+}
+
+#[test]
+fn an_error_that_is_ignored_is_told_and_tried_again_until_it_is_gone() {
+    for (read, operation) in [(true, "read: ignore"), (false, "write: ignore")] {
+        for errno in [errno::EIO, errno::ENOSPC] {
+            let push = Failing::start(read, ONE_GRANULE, errno, OnError::Ignore);
+            // It never counts as copied.
+            push.expect(&["created", "running", operation, operation]);
+            assert_eq!(push.jobs.infos()[0].io_status.name(), "ok");
+            push.mend();
+            let ends = loop {
+                let event = push.events.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+                if told(&event) != operation {
+                    break event;
+                }
+            };
+            assert_eq!(told(&ends), "waiting");
+            push.expect(&["pending", "ended well", "concluded", "null"]);
+            assert!(push.target.bytes() == push.old);
+            assert_eq!(hash(&push.fleece, "a/x"), hash_of(&[]));
+        }
+        let push = Failing::start(read, ONE_GRANULE, errno::EIO, OnError::Ignore);
+        push.expect(&["created", "running", operation]);
+        push.jobs.cancel("ja").unwrap();
+        wait_for("the job goes", || push.jobs.infos().is_empty());
+        push.expect_nothing_forgotten();
+    }
+}
+
+#[test]
+fn an_error_that_stops_a_job_stops_it_once_for_each_resume() {
+    for (read, operation) in [(true, "read: stop"), (false, "write: stop")] {
+        for (policy, errno, status) in [
+            (OnError::Stop, errno::EIO, "failed"),
+            (OnError::Stop, errno::ENOSPC, "nospace"),
+            (OnError::Enospc, errno::ENOSPC, "nospace"),
+        ] {
+            // All threads come upon it, and one of them tells.
+            let push = Failing::start(read, 0..DISK_BYTES, errno, policy);
+            push.expect(&["created", "running", operation, "paused"]);
+            assert_eq!(push.jobs.infos()[0].io_status.name(), status);
+            assert!(info(&push.fleece, "a/x").busy);
+            push.jobs.resume("ja").unwrap();
+            push.expect(&["running", operation, "paused"]);
+            push.mend();
+            push.jobs.resume("ja").unwrap();
+            push.expect(&["running"]);
+            push.expect_well();
+        }
+    }
+}
+
+#[test]
+fn a_job_that_stopped_for_an_error_can_be_cancelled() {
+    for read in [true, false] {
+        let push = Failing::start(read, ONE_GRANULE, errno::ENOSPC, OnError::Enospc);
+        let operation = if read { "read: stop" } else { "write: stop" };
+        push.expect(&["created", "running", operation, "paused"]);
+        touch(&push.fleece, "a", &[1]);
+        push.jobs.cancel("ja").unwrap();
+        push.expect(&["running", "aborting", "cancelled", "concluded", "null"]);
+        push.expect_nothing_forgotten();
+    }
 }

@@ -128,7 +128,7 @@ fn qmp(action: &Action) -> (&'static str, Value) {
             ("block-dirty-bitmap-merge", json!({ "node": target.disk, "target": target.name, "bitmaps": sources }))
         }
         Action::Abort => ("abort", json!({})),
-        Action::Hold(_) | Action::Snapshot(_) | Action::Freeze { .. } => unreachable!(),
+        Action::Hold(_) | Action::HoldToRead(_) | Action::Snapshot(_) | Action::Freeze { .. } => unreachable!(),
     }
 }
 

@@ -221,6 +221,7 @@ fn answers_are_what_qemus_schema_says() {
         "side": "fleecefs",
         "socket": mount.status()["qmp"],
         "qemu": daemon.socket,
+        "target": rig.path("target.raw"),
         "disks": {"a": {}, "top": {}},
     });
     script(&python, "schema.py", &config);

@@ -57,6 +57,44 @@ class Schema:
         assert not unknown, f"{way}: {unknown} of {value}"
 
 
+async def check_jobs(peer, schema, node):
+    """Jobs, live and ended, and the events that tell of them."""
+
+    async def fits(command, arguments=None):
+        answer = await peer.must(command, arguments)
+        schema.check(schema.entries[command]["ret-type"], answer, command)
+        return answer
+
+    backup = {
+        "job-id": "j", "device": node, "target": peer.config["target"], "sync": "full", "format": "raw", "speed": 1,
+        "auto-finalize": False, "auto-dismiss": False,
+    }
+    schema.check(schema.entries["drive-backup"]["arg-type"], backup, "drive-backup")
+    await fits("drive-backup", backup)
+    assert len(await fits("query-jobs")) == len(await fits("query-block-jobs")) == 1
+    for command, name in [
+        ("job-pause", "id"), ("job-resume", "id"), ("block-job-pause", "device"), ("block-job-resume", "device"),
+    ]:
+        await fits(command, {name: "j"})
+        await fits("query-block-jobs")
+    await fits("block-job-set-speed", {"device": "j", "speed": 0})
+    while (await fits("query-jobs"))[0]["status"] != "pending":
+        await asyncio.sleep(0.01)
+    await fits("job-finalize", {"id": "j"})
+    assert (await fits("query-jobs"))[0]["status"] == "concluded"
+    await fits("job-dismiss", {"id": "j"})
+    seen = set()
+    # What ends the job is followed by its last change.
+    while True:
+        event = await asyncio.wait_for(peer.client.events.get(), 60)
+        schema.check(schema.entries[event["event"]]["arg-type"], event["data"], event["event"])
+        seen.add(event["event"])
+        if event["data"].get("status") == "null":
+            break
+    assert seen == {"JOB_STATUS_CHANGE", "BLOCK_JOB_PENDING", "BLOCK_JOB_COMPLETED"}, seen
+    peer.show("jobs and their events fit")
+
+
 async def main(peer):
     client = QMPClient("schema")
     await client.connect(peer.config["qemu"])
@@ -82,11 +120,7 @@ async def main(peer):
         peer.show(command, "fits")
     blocks = await peer.must("query-block")
     assert [row["device"] for row in blocks] == sorted(peer.config["disks"]), blocks
-    # Jobs: what is told of them, where the server has some that come and go meanwhile.
-    for _ in range(peer.config.get("events", 0)):
-        event = await asyncio.wait_for(peer.client.events.get(), 60)
-        schema.check(schema.entries[event["event"]]["arg-type"], event["data"], event["event"])
-        peer.show(event["event"], "fits")
+    await check_jobs(peer, schema, node)
 
 
 run(main)

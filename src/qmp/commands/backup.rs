@@ -193,7 +193,10 @@ impl Ready {
     fn actions(&self) -> impl Iterator<Item = Action> {
         let record = (self.push.sync == Sync::None).then(|| self.push.goal.unit_bytes());
         let freeze = Action::Freeze { disk: self.disk.clone(), record };
-        let hold = self.bitmap.iter().map(|(name, _)| Action::Hold(BitmapRef::new(&self.disk, name)));
+        let hold = self.bitmap.iter().map(|(name, mode)| {
+            let bitmap = BitmapRef::new(&self.disk, name);
+            if *mode == BitmapMode::Never { Action::HoldToRead(bitmap) } else { Action::Hold(bitmap) }
+        });
         std::iter::once(freeze).chain(hold)
     }
 

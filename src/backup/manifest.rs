@@ -13,6 +13,7 @@
 use crate::error::{Error, Result, errno};
 use crate::image::Format;
 use crate::storage::{Dir, OsDir};
+use crate::units::human_size;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -91,6 +92,18 @@ pub struct DiskEntry {
     pub zero_bytes: u64,
     /// Bytes that were written as data.
     pub copied_bytes: u64,
+    /// What the view left out, if anything: it is zeros in this point, whatever older points have there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<SkippedEntry>,
+}
+
+/// What a view left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SkippedEntry {
+    /// `swap`, `free`.
+    pub kinds: Vec<String>,
+    /// Bytes.
+    pub bytes: u64,
 }
 
 /// The point that another one builds on.
@@ -111,6 +124,14 @@ pub struct FileEntry {
     pub size: u64,
     /// Its SHA-256, hexadecimal.
     pub sha256: String,
+}
+
+impl SkippedEntry {
+    /// In words: `2.0 MiB left out, which read as zeros (swap,free)`.
+    pub fn text(&self) -> String {
+        let kinds = self.kinds.join(",");
+        format!("{} left out, which read as zeros ({})", human_size(self.bytes), kinds.escape_debug())
+    }
 }
 
 impl Manifest {
@@ -264,6 +285,7 @@ mod tests {
             changed_bytes: 2,
             zero_bytes: 1,
             copied_bytes: 1,
+            skipped: Some(SkippedEntry { kinds: vec!["swap".into()], bytes: 4096 }),
         };
         Manifest { disks: vec![disk], files: vec![sum("vda.raw"), sum("vda.map.json")], ..Manifest::new("b") }
     }

@@ -4,6 +4,8 @@
 //! on with); a point is begun; the snapshot is taken; each disk is copied; the point is published; the snapshot is
 //! completed, and with it the consumer moves. `backup::save` says why that order.
 
+mod left;
+
 use super::connect::{Mount, read_reply};
 use super::consumer::ConsumerLock;
 use super::freeze::FreezeArgs;
@@ -118,7 +120,7 @@ impl BackupArgs {
         let mount = Mount::find(&self.mnt)?;
         let _lock = self.consumer.as_deref().map(|consumer| ConsumerLock::take(&mount, consumer)).transpose()?;
         let shelf = Shelf::open(&self.to)?;
-        end_finished(&mount, &shelf)?;
+        left::end_finished(&mount, &shelf)?;
         let progress = Progress::start(self.progress)?;
         let (mut partial, plans) = match self.interrupted(&mount, &shelf, &settings)? {
             Some(going_on) => going_on,
@@ -176,67 +178,6 @@ impl BackupArgs {
         Ok(Settings { disks, full: self.full, consumer: self.consumer.clone(), format, compression })
     }
 
-    /// What an interrupted run of the same settings left, where its snapshot is still there; what else earlier runs on
-    /// this mount's disks left goes.
-    fn interrupted(&self, mount: &Mount, shelf: &Shelf, settings: &Settings) -> Result<Option<(Partial, Vec<Plan>)>> {
-        let status: Status = read_reply(&mount.status)?;
-        for mut partial in shelf.partials()? {
-            let name = partial.point().to_owned();
-            let draft = &partial.draft;
-            let taken = snapshot::manifest(mount, &name).ok().and_then(|reply| read_reply::<Taken>(&reply).ok());
-            // Killed between the two: the snapshot of that name is the one that it was about to take, where it was taken
-            // since then and on the same mount. It had none of that name when it was begun.
-            let before_taken = draft.manifest.disks.is_empty();
-            let ours = match before_taken {
-                true => draft.mount_disks.iter().any(|uuid| status.has_disk(*uuid)),
-                false => draft.manifest.disks.iter().all(|d| status.disk_uuid(&d.name) == Some(d.uuid)),
-            };
-            let taken = taken.filter(|taken| match before_taken {
-                true => ours && is_later(&taken.time, &draft.manifest.time),
-                false => taken.uuid == draft.manifest.snapshot_uuid,
-            });
-            let same = draft.settings == *settings && self.name.as_ref().is_none_or(|wanted| *wanted == name);
-            match taken {
-                Some(taken) if same && !self.restart && !is_broken(mount, &name)? => {
-                    if before_taken {
-                        self.fill(mount, shelf, &mut partial, &taken)?;
-                    }
-                    match self.plans(mount, &partial) {
-                        Ok(plans) => {
-                            complain(&format!("fleecefs: going on with the interrupted point '{}'", printable(&name)));
-                            return Ok(Some((partial, plans)));
-                        }
-                        // Not even later: whoever runs us unattended is to have a backup.
-                        Err(e) if e.errno() == errno::ESTALE => {
-                            complain(&format!(
-                                "fleecefs: the interrupted point '{}' is given up: {e}",
-                                printable(&name)
-                            ));
-                            mount.execute("fleecefs-snapshot-cancel", json!({ "name": name }))?;
-                            partial.discard()?;
-                        }
-                        Err(e) => return Err(self.interrupted_error(&partial, e)),
-                    }
-                }
-                Some(_) => {
-                    complain(&format!("fleecefs: the interrupted point '{}' is given up", printable(&name)));
-                    mount.execute("fleecefs-snapshot-cancel", json!({ "name": name }))?;
-                    partial.discard()?;
-                }
-                None if ours => {
-                    let text = format!(
-                        "fleecefs: the interrupted point '{}' is given up: its snapshot is gone",
-                        printable(&name)
-                    );
-                    complain(&text);
-                    partial.discard()?;
-                }
-                None => {}
-            }
-        }
-        Ok(None)
-    }
-
     /// Begins a point and takes its snapshot.
     fn begin(&self, mount: &Mount, shelf: &Shelf, settings: Settings) -> Result<Partial> {
         let status: Status = read_reply(&mount.status)?;
@@ -253,7 +194,7 @@ impl BackupArgs {
             (None, None) => {}
         }
         // Now, not only when it is to be taken: a snapshot that is there then has to be the one of this point.
-        if snapshots(mount)?.iter().any(|row| row.name == name) {
+        if snapshot::rows(mount)?.iter().any(|row| row.name() == name) {
             let cancel = format!("take another name, or `fleecefs snapshot cancel {} {name}`", self.mnt.display());
             return Err(Error::new(errno::EEXIST, format!("point '{name}'"), "a snapshot of that name exists")
                 .hint(printable(&cancel)));
@@ -343,6 +284,7 @@ impl BackupArgs {
                 changed_bytes: 0,
                 zero_bytes: 0,
                 copied_bytes: 0,
+                skipped: disk.skipped.clone(),
             };
             manifest.disks.push(entry);
         }
@@ -429,7 +371,8 @@ impl BackupArgs {
                     None => "full".to_owned(),
                 };
                 let copied = human_size(disk.copied_bytes);
-                out.line(format!("{}: {kind}, {copied} copied of {}", disk.name, human_size(disk.size)))?;
+                let left_out = disk.skipped.as_ref().map_or(String::new(), |skipped| format!(", {}", skipped.text()));
+                out.line(format!("{}: {kind}, {copied} copied of {}{left_out}", disk.name, human_size(disk.size)))?;
             }
             out.line(dir.display().to_string())?;
         }
@@ -510,25 +453,6 @@ fn chosen_base(
     }
 }
 
-/// Completes the snapshots of points that are whole: a run was killed before it did.
-fn end_finished(mount: &Mount, shelf: &Shelf) -> Result<()> {
-    let status: Status = read_reply(&mount.status)?;
-    for (point, draft) in shelf.unfinished()? {
-        let manifest = &draft.manifest;
-        if manifest.disks.iter().any(|disk| status.disk_uuid(&disk.name) != Some(disk.uuid)) {
-            // Another mount's.
-            continue;
-        }
-        let taken = snapshot::manifest(mount, &manifest.point).ok().and_then(|reply| read_reply::<Taken>(&reply).ok());
-        if taken.is_some_and(|taken| taken.uuid == manifest.snapshot_uuid) {
-            complete(mount, shelf, manifest)?;
-        } else {
-            shelf.finished(&point)?;
-        }
-    }
-    Ok(())
-}
-
 /// Completes the snapshot of a point that is whole, and moves the consumer.
 fn complete(mount: &Mount, shelf: &Shelf, manifest: &Manifest) -> Result<()> {
     let mut arguments = json!({ "name": manifest.point });
@@ -545,25 +469,4 @@ fn complete(mount: &Mount, shelf: &Shelf, manifest: &Manifest) -> Result<()> {
         return Err(e.hint(hint));
     }
     shelf.finished(&manifest.point)
-}
-
-/// Whether a time is not before another one.
-fn is_later(time: &str, than: &str) -> bool {
-    let of = |text: &str| text.parse::<jiff::Timestamp>();
-    of(time).is_ok_and(|time| of(than).is_ok_and(|than| time >= than))
-}
-
-/// A snapshot in the list.
-#[derive(Deserialize)]
-struct Row {
-    name: String,
-    broken: bool,
-}
-
-fn snapshots(mount: &Mount) -> Result<Vec<Row>> {
-    read_reply(&mount.execute("fleecefs-snapshot-list", json!({}))?)
-}
-
-fn is_broken(mount: &Mount, name: &str) -> Result<bool> {
-    Ok(snapshots(mount)?.iter().any(|row| row.name == name && row.broken))
 }

@@ -9,6 +9,7 @@ use super::connect::{Mount, read_reply};
 use super::consumer;
 use super::output::{Out, complain, printable};
 use super::snapshot::{manifest, read_failed};
+use crate::backup::manifest::SkippedEntry;
 use crate::backup::{MapFile, MapFormat, MapMeta, MapPoint, MapSource, Totals, VolumeMap};
 use crate::error::{Error, Result, errno};
 use crate::fleece::DiskContent;
@@ -74,6 +75,7 @@ pub(super) struct ManifestDisk {
     checkpoint: PointRow,
     reference: Option<PointRow>,
     full_reason: Option<String>,
+    pub(super) skipped: Option<SkippedEntry>,
     #[serde(flatten)]
     holds: DiskContent,
 }

@@ -1,11 +1,13 @@
 //! `fleecefs restore`: what a disk held at a point of a backup, into a file, a block device or a live disk.
 
 use super::connect::{Mount, read_reply};
+use super::consumer::ConsumerLock;
 use super::map::{ManifestDisk, Status, since_uuid};
 use super::output::{Out, complain, printable};
 use super::progress::Progress;
-use super::{Exit, JsonArg};
+use super::{Exit, JsonArg, snapshot};
 use crate::backup::chain::{self, Content, Link, Point};
+use crate::backup::manifest::SkippedEntry;
 use crate::backup::restore::{self, Destination, Kind, Report};
 use crate::backup::restore_volume::{self, VolumeContent, VolumeImage};
 use crate::backup::{ExtentSource, MapSource};
@@ -15,7 +17,7 @@ use crate::storage::process;
 use crate::units::human_size;
 use crate::volume::Volume;
 use clap::Args;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,6 +28,15 @@ use uuid::Uuid;
 /// How often is looked again whether a live disk is still open, and how long between: the kernel tells of a close late.
 const CLOSE_TRIES: u32 = 20;
 const CLOSE_WAIT: Duration = Duration::from_millis(50);
+
+/// How the snapshots are named that tell what changed: the disk's name and a UUID stand behind it.
+const SNAPSHOT_PREFIX: &str = "restore-";
+
+/// The disk to which the restore writes, or wrote, that took a snapshot of this name; None: no restore did.
+pub fn restored_disk(snapshot: &str) -> Option<&str> {
+    let (disk, id) = snapshot.strip_prefix(SNAPSHOT_PREFIX)?.rsplit_once('-')?;
+    (id.len() == uuid::fmt::Simple::LENGTH && Uuid::try_parse(id).is_ok()).then_some(disk)
+}
 
 /// Arguments of `restore`.
 #[derive(Debug, Args)]
@@ -91,6 +102,24 @@ struct Wanted {
     what: String,
 }
 
+impl Wanted {
+    /// What the point left out of each disk that is looked at. What came into the chain before is not restored there: the
+    /// point's own map has it as zeros.
+    fn skipped(&self) -> Vec<Skipped> {
+        let tops = self.chains.iter().filter_map(|links| links.first());
+        let left_out = |top: &Link| Some(Skipped { disk: top.entry.name.clone(), entry: top.entry.skipped.clone()? });
+        tops.filter_map(left_out).collect()
+    }
+}
+
+/// What a point left out of a disk.
+#[derive(Serialize)]
+struct Skipped {
+    disk: String,
+    #[serde(flatten)]
+    entry: SkippedEntry,
+}
+
 /// Where it goes.
 enum Place {
     /// A file, a device, or a whole live disk.
@@ -110,6 +139,13 @@ impl RestoreArgs {
             None => self.disk(&point)?,
             Some(name) => self.volume(&point, name)?,
         };
+        for Skipped { disk, entry } in wanted.skipped() {
+            complain(&format!(
+                "fleecefs: disk '{disk}' of point '{}': {}",
+                printable(&point.manifest.point),
+                entry.text()
+            ));
+        }
         let live = Live::find(&self.to)?;
         let place = self.place(&wanted, live.as_ref())?;
         let progress = Progress::start(self.progress)?;
@@ -129,6 +165,7 @@ impl RestoreArgs {
             "point": point.manifest.point, "time": point.manifest.time, "what": wanted.what, "size": content.size(),
             "target": self.to, "target_kind": place.text(), "target_size": place.found_bytes(),
             "changed_only": self.changed_only, "range_bytes": looked_at, "data_bytes": data_bytes,
+            "skipped": wanted.skipped(),
         }))?;
         if self.dry_run {
             return Ok(Exit::Done);
@@ -147,7 +184,7 @@ impl RestoreArgs {
             difference = found?;
         }
         target.close()?;
-        self.report(&report, difference)
+        self.report(&report, &wanted.skipped(), difference)
     }
 
     fn disk(&self, point: &Point) -> Result<Wanted> {
@@ -312,10 +349,11 @@ impl RestoreArgs {
         ))
     }
 
-    fn report(&self, report: &Report, difference: Option<u64>) -> Result<Exit> {
+    fn report(&self, report: &Report, skipped: &[Skipped], difference: Option<u64>) -> Result<Exit> {
         let mut out = Out::new();
         if self.json.json {
             let mut reply = json!(report);
+            reply["skipped"] = json!(skipped);
             reply["verified"] = json!(self.verify.then_some(difference.is_none()));
             reply["first_difference"] = json!(difference);
             out.json(&reply)?;
@@ -408,8 +446,15 @@ impl Live {
             ));
             return Ok(None);
         };
+        // Held as long as the snapshot is there: one that is found under it was left by a restore that was killed.
+        let _lock = ConsumerLock::take(&self.mount, &format!("restore to disk {}", disk.name)).map_err(|e| {
+            let busy =
+                || Error::new(errno::EBUSY, "restore", format!("another one to disk '{}' begins just now", disk.name));
+            if e.errno() == errno::EBUSY { busy() } else { e }
+        })?;
+        self.cancel_left(disk)?;
         // A snapshot for a moment: maps are a view's. What it left out would be in its map, and in the next one.
-        let name = format!("restore-{}", Uuid::new_v4().simple());
+        let name = format!("{SNAPSHOT_PREFIX}{}-{}", disk.name, Uuid::new_v4().simple());
         let reply = self.mount.execute(
             "fleecefs-snapshot-create",
             json!({ "name": name, "disks": [disk.name], "since": since, "skip": [] }),
@@ -425,6 +470,17 @@ impl Live {
             ));
         }
         Ok(ranges)
+    }
+
+    /// Cancels the snapshots that restores to this disk left when they were killed: as long as they are there, the guest pays
+    /// for them.
+    fn cancel_left(&self, disk: &StatusDisk) -> Result<()> {
+        let rows = snapshot::rows(&self.mount)?;
+        for name in rows.iter().map(snapshot::Row::name).filter(|name| restored_disk(name) == Some(&disk.name)) {
+            complain(&format!("fleecefs: snapshot '{name}' was left by a restore that was killed: it is cancelled"));
+            self.mount.execute("fleecefs-snapshot-cancel", json!({ "name": name }))?;
+        }
+        Ok(())
     }
 
     fn changed_ranges(

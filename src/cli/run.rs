@@ -10,7 +10,7 @@ use super::connect::{Mount, read_reply};
 use super::consumer::ConsumerLock;
 use super::freeze::FreezeArgs;
 use super::output::{complain, printable};
-use super::snapshot::{Manifest, Row, SkipArg, full_disks};
+use super::snapshot::{self, Manifest, SkipArg, full_disks};
 use crate::daemon::{absolute, explain};
 use crate::error::{Error, Result, errno};
 use crate::storage::process;
@@ -107,7 +107,7 @@ impl RunArgs {
     /// Tells of snapshots that runs of this consumer left when they were killed: as long as they are there, the guest pays
     /// for them. Their commands may still read them, so they stay.
     fn tell_left(&self, mount: &Mount) -> Result<()> {
-        let rows: Vec<Row> = read_reply(&mount.execute("fleecefs-snapshot-list", json!({}))?)?;
+        let rows = snapshot::rows(mount)?;
         for row in rows.iter().filter(|row| is_default_name(row.name(), &self.consumer)) {
             let name = printable(row.name());
             complain(&format!(
@@ -224,7 +224,7 @@ impl Taken {
         if lock.daemon_ended() {
             return spoiled("the daemon ended while the command ran");
         }
-        let rows: Vec<Row> = read_reply(&self.mount.execute("fleecefs-snapshot-list", json!({}))?)?;
+        let rows = snapshot::rows(&self.mount)?;
         match rows.iter().find(|row| row.name() == self.name) {
             None => spoiled("somebody ended it while the command ran"),
             Some(row) if row.is_broken() => spoiled("it broke while the command ran"),

@@ -3,7 +3,9 @@
 use super::connect::{Mount, execute, read_reply};
 use super::freeze::FreezeArgs;
 use super::output::{Out, Style, Table, complain, printable};
+use super::restore::restored_disk;
 use super::{Exit, JsonArg};
+use crate::backup::manifest::SkippedEntry;
 use crate::error::{Error, Result, errno};
 use crate::fleece::Skip;
 use crate::units::{human_size, parse_size};
@@ -147,13 +149,7 @@ struct DiskRow {
     full_reason: Option<String>,
     broken: Option<String>,
     store_bytes: u64,
-    skipped: Option<SkippedRow>,
-}
-
-#[derive(Deserialize)]
-struct SkippedRow {
-    kinds: Vec<String>,
-    bytes: u64,
+    skipped: Option<SkippedEntry>,
 }
 
 impl Row {
@@ -236,6 +232,11 @@ impl CreateArgs {
     }
 }
 
+/// All snapshots of a mount.
+pub fn rows(mount: &Mount) -> Result<Vec<Row>> {
+    read_reply(&mount.execute("fleecefs-snapshot-list", json!({}))?)
+}
+
 /// Tells of disks where what was asked for cannot be had.
 pub fn full_disks(since: &str, manifest: &Manifest) -> Exit {
     let mut exit = Exit::Done;
@@ -258,8 +259,20 @@ impl ListArgs {
         if self.json.json {
             return out.json(&reply);
         }
-        table(&read_reply::<Vec<Row>>(&reply)?).print(&mut out)
+        let rows: Vec<Row> = read_reply(&reply)?;
+        table(&rows).print(&mut out)?;
+        of_restores(&rows, &self.mnt).iter().for_each(|line| complain(&format!("fleecefs: {line}")));
+        Ok(())
     }
+}
+
+/// Tells of snapshots of restores: they are there for a moment, but for those of restores that were killed.
+pub fn of_restores(rows: &[Row], mnt: &Path) -> Vec<String> {
+    let line = |name: &str, disk: &str| {
+        let cancel = format!("fleecefs snapshot cancel {} {name}", mnt.display());
+        format!("snapshot '{name}' is of a restore to disk '{disk}': where that was killed, `{cancel}`")
+    };
+    rows.iter().filter_map(|row| Some(line(&row.name, restored_disk(&row.name)?))).collect()
 }
 
 /// One line a snapshot.
@@ -310,7 +323,7 @@ impl ShowArgs {
         if self.json.json {
             return out.json(&manifest(&mount, &self.name)?);
         }
-        let rows: Vec<Row> = read_reply(&mount.execute("fleecefs-snapshot-list", json!({}))?)?;
+        let rows = rows(&mount)?;
         let found = match self.name.as_str() {
             "latest" => rows.last(),
             name => rows.iter().find(|row| row.name == name),
@@ -341,9 +354,8 @@ impl ShowArgs {
         }
         table.print(&mut out)?;
         for disk in &row.disks {
-            if let Some(SkippedRow { kinds, bytes }) = &disk.skipped {
-                let (kinds, bytes) = (kinds.join(","), human_size(*bytes));
-                out.line(format!("disk {}: {bytes} left out, which read as zeros ({kinds})", printable(&disk.name)))?;
+            if let Some(skipped) = &disk.skipped {
+                out.line(format!("disk {}: {}", printable(&disk.name), skipped.text()))?;
             }
         }
         Ok(())

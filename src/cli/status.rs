@@ -9,7 +9,7 @@ use crate::fleece::{ContentInfo, DiskContent};
 use crate::units::human_size;
 use clap::Args;
 use serde::Deserialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
@@ -67,13 +67,13 @@ impl StatusArgs {
         if self.json.json {
             out.json(&mount.status)?;
         } else {
-            print(&status, &mut out)?;
+            print(&status, &self.mnt, &mut out)?;
         }
         Ok(if status.problems.is_empty() { Exit::Done } else { Exit::Differs })
     }
 }
 
-fn print(status: &Status, out: &mut Out) -> Result<()> {
+fn print(status: &Status, mnt: &Path, out: &mut Out) -> Result<()> {
     out.line(format!("fleecefs {}, process {}, socket {}", status.version, status.pid, status.qmp.display()))?;
     let mut disks = Table::new(&["DISK", "FORMAT", "ACCESS", ">SIZE", ">STORE", "TRACKING", "GUARDS", "IMAGE"]);
     for disk in &status.disks {
@@ -98,6 +98,7 @@ fn print(status: &Status, out: &mut Out) -> Result<()> {
     section(&volumes(&status.disks), out)?;
     status.volume_warnings.iter().try_for_each(|text| out.line(format!("volumes: {}", printable(text))))?;
     section(&snapshot::table(&status.snapshots), out)?;
+    snapshot::of_restores(&status.snapshots, mnt).iter().try_for_each(|line| out.line(printable(line)))?;
     section(&consumer::table(&status.consumers), out)?;
     out.line("")?;
     match status.checkpoints.last() {

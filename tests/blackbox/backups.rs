@@ -462,6 +462,67 @@ fn an_interrupted_backup_is_given_up_when_asked_and_when_its_snapshot_is_gone() 
     assert!(fs::read(rig.path("out")).unwrap() == fs::read(mount.live("vda")).unwrap());
 }
 
+#[test]
+fn an_interrupted_backup_of_several_disks_is_given_up_when_one_is_gone() {
+    requires!();
+    for kept in [false, true] {
+        let rig = Rig::new();
+        let (one, two, other) = (rig.image("vda", 8), rig.image("vdb", 8), rig.image("vdc", 1));
+        let options = |images: &[&PathBuf]| {
+            let mut all = if kept { args!["--keep-snapshots"] } else { args![] };
+            all.extend(images.iter().map(|image| image.as_os_str().to_owned()));
+            all
+        };
+        let mount = rig.mount(options(&[&one, &two]));
+        let dir = rig.path("backup");
+        let running = Running::start(&mount, &dir, "--name a --format raw --rate 1M");
+        until_noted(&dir, "a");
+        running.signal("INT");
+        assert_eq!(running.end().status.code(), Some(2));
+        mount.umount();
+        // A mount with none of its disks leaves it alone.
+        let mount = rig.mount([&other]);
+        backed_up(&mount, &dir, "--name c --format raw", 0);
+        assert!(dir.join("a.partial").exists());
+        mount.umount();
+        let mount = rig.mount(options(&[&one]));
+        assert_eq!(snapshots(&mount), usize::from(kept));
+        let out = backup(&mount, &dir, "--name b --format raw");
+        assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+        assert!(stderr(&out).contains("'a' is given up: the mount has no disk 'vdb'"), "{}", stderr(&out));
+        assert!(!dir.join("a.partial").exists() && snapshots(&mount) == 0);
+        restored(&dir.join("b"), &rig.path("out"), "--verify");
+    }
+}
+
+#[test]
+fn a_snapshot_that_a_killed_restore_left_is_told_of_and_cancelled_by_the_next() {
+    requires!();
+    let rig = Rig::new();
+    let mount = rig.mount([rig.image("vda", 4), rig.image("vdb", 4)]);
+    let dir = rig.path("backup");
+    backed_up(&mount, &dir, "--name a --format raw", 0);
+    let left = format!("restore-vda-{}", "0a".repeat(16));
+    let theirs = format!("restore-vdb-{}", "0b".repeat(16));
+    let users = "restore-vda-mine";
+    for name in [&left, &theirs, users] {
+        mount.snap(name);
+    }
+    let told = stderr(&mount.run("snapshot list", [""; 0])) + &stdout(&mount.run("status", [""; 0]));
+    for (name, disk) in [(&left, "vda"), (&theirs, "vdb")] {
+        let line = format!("snapshot '{name}' is of a restore to disk '{disk}'");
+        assert_eq!(told.matches(&line).count(), 2, "{told}");
+        assert!(told.contains(&format!("fleecefs snapshot cancel {} {name}", mount.dir.display())), "{told}");
+    }
+    assert!(!told.contains(&format!("snapshot '{users}'")), "{told}");
+    touch(&mount, &[3]);
+    let out = restore(&dir.join("a"), &mount.live("vda"), "--disk vda --changed-only --verify");
+    assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+    assert!(stderr(&out).contains(&format!("snapshot '{left}' was left by a restore")), "{}", stderr(&out));
+    let names: Vec<_> = mount.status()["snapshots"].as_array().unwrap().iter().map(|row| row["name"].clone()).collect();
+    assert_eq!(names, [theirs.as_str(), users]);
+}
+
 /// A point as a run makes it that is killed before it completed the snapshot; with `published` false, before it wrote
 /// down that the snapshot is there.
 fn killed_run(mount: &Mount, dir: &Path, name: &str, published: bool) {
@@ -497,6 +558,7 @@ fn killed_run(mount: &Mount, dir: &Path, name: &str, published: bool) {
         changed_bytes: size,
         zero_bytes: 0,
         copied_bytes: 0,
+        skipped: None,
     });
     let point = MapPoint { name: name.into(), uuid: uuid(&taken["uuid"]) };
     let meta = MapMeta {

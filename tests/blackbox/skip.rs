@@ -2,6 +2,7 @@
 
 use crate::harness::*;
 use crate::volumes::{blank, copy, ext4_is_clean, frozen_volume, hash, live_volume, loop_at, partition, while_writing};
+use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -106,12 +107,12 @@ fn a_chain_of_snapshots_that_leave_out_what_nobody_needs() {
         let shown = mount.done("snapshot show", [name]);
         match name {
             "t1" | "t4" => {
-                assert_eq!(told["kinds"], serde_json::json!(["swap", "free"]), "{told}");
+                assert_eq!(told["kinds"], json!(["swap", "free"]), "{told}");
                 assert!(told["bytes"].as_u64().unwrap() > SWAP.1 + 40 * MIB, "{told}");
                 assert!(shown.contains("swap,free"), "{shown}");
                 assert!(swap[HEADER..].iter().all(|byte| *byte == 0));
             }
-            "t2" => assert_eq!(told["kinds"], serde_json::json!(["free"]), "{told}"),
+            "t2" => assert_eq!(told["kinds"], json!(["free"]), "{told}"),
             _ => {
                 assert!(told.is_null() && !shown.contains("left out"), "{told} {shown}");
                 assert!(swap[HEADER..].iter().any(|byte| *byte != 0));
@@ -189,11 +190,25 @@ fn backups_restore_to_what_was_left_out_and_what_was_not() {
             let name = format!("{format}-{name}");
             let out = mount.run("backup", args!["--to", &to, "--format", format, "--name", &name, skip]);
             assert_eq!(out.status.code(), Some(0), "{name}: {}", stderr(&out));
+            let point: Value =
+                serde_json::from_slice(&fs::read(to.join(&name).join("manifest.json")).unwrap()).unwrap();
+            let told = &point["disks"][0]["skipped"];
+            if skip == "--skip=" {
+                assert!(told.is_null() && !stdout(&out).contains("left out"), "{name}: {told} {}", stdout(&out));
+            } else {
+                assert_eq!(told["kinds"], json!(["swap", "free"]), "{name}: {point}");
+                assert!(told["bytes"].as_u64().unwrap() > 15 * MIB, "{name}: {told}");
+                assert!(stdout(&out).contains("left out, which read as zeros (swap,free)"), "{}", stdout(&out));
+            }
         }
         let restored = |name: &str| {
             let (from, file) = (to.join(format!("{format}-{name}")), rig.path(&format!("{format}-{name}.img")));
-            let out = fleecefs(args!["restore", from, "--to", &file, "--verify"]);
+            let out = fleecefs(args!["restore", from, "--to", &file, "--verify", "--json"]);
             assert_eq!(out.status.code(), Some(0), "{name}: {}", stderr(&out));
+            // Of the point alone, whatever others of its chain left out.
+            let report: Value = serde_json::from_str(&stdout(&out)).unwrap();
+            assert_eq!(report["skipped"].as_array().unwrap().len(), usize::from(name == "less"), "{name}: {report}");
+            assert_eq!(stderr(&out).contains("left out"), name == "less", "{name}: {}", stderr(&out));
             file
         };
         assert_eq!(hash(&restored("all")), whole, "{format}");

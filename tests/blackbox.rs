@@ -13,6 +13,8 @@ mod backup_chain;
 mod backups;
 #[path = "blackbox/bitmaps.rs"]
 mod bitmaps;
+#[path = "blackbox/carry.rs"]
+mod carry;
 #[path = "blackbox/compare.rs"]
 mod compare;
 #[path = "blackbox/consumers.rs"]

@@ -5,6 +5,8 @@
 #[path = "core/rig.rs"]
 mod rig;
 
+#[path = "core/carry.rs"]
+mod carry;
 #[path = "core/disks.rs"]
 mod disks;
 #[path = "core/layers.rs"]

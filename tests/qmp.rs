@@ -296,6 +296,8 @@ fn every_command_is_listed() {
         "fleecefs-snapshot-list",
         "fleecefs-checkpoint-list",
         "fleecefs-checkpoint-delete",
+        "fleecefs-checkpoint-export",
+        "fleecefs-checkpoint-import",
         "fleecefs-consumer-list",
         "fleecefs-consumer-set",
         "fleecefs-consumer-delete",

@@ -34,7 +34,12 @@ const SNAPSHOT_PREFIX: &str = "restore-";
 
 /// The disk to which the restore writes, or wrote, that took a snapshot of this name; None: no restore did.
 pub fn restored_disk(snapshot: &str) -> Option<&str> {
-    let (disk, id) = snapshot.strip_prefix(SNAPSHOT_PREFIX)?.rsplit_once('-')?;
+    disk_of(snapshot, SNAPSHOT_PREFIX)
+}
+
+/// The disk in the name of a snapshot that is taken for a moment: the prefix, the disk and a UUID.
+pub fn disk_of<'a>(snapshot: &'a str, prefix: &str) -> Option<&'a str> {
+    let (disk, id) = snapshot.strip_prefix(prefix)?.rsplit_once('-')?;
     (id.len() == uuid::fmt::Simple::LENGTH && Uuid::try_parse(id).is_ok()).then_some(disk)
 }
 

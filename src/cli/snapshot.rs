@@ -3,11 +3,11 @@
 use super::connect::{Mount, execute, read_reply};
 use super::freeze::FreezeArgs;
 use super::output::{Out, Style, Table, complain, printable};
-use super::restore::restored_disk;
+use super::restore::{disk_of, restored_disk};
 use super::{Exit, JsonArg};
 use crate::backup::manifest::SkippedEntry;
 use crate::error::{Error, Result, errno};
-use crate::fleece::Skip;
+use crate::fleece::{IMPORT_PREFIX, Skip};
 use crate::units::{human_size, parse_size};
 use clap::{Args, Subcommand};
 use serde::Deserialize;
@@ -261,18 +261,21 @@ impl ListArgs {
         }
         let rows: Vec<Row> = read_reply(&reply)?;
         table(&rows).print(&mut out)?;
-        of_restores(&rows, &self.mnt).iter().for_each(|line| complain(&format!("fleecefs: {line}")));
+        of_moments(&rows, &self.mnt).iter().for_each(|line| complain(&format!("fleecefs: {line}")));
         Ok(())
     }
 }
 
-/// Tells of snapshots of restores: they are there for a moment, but for those of restores that were killed.
-pub fn of_restores(rows: &[Row], mnt: &Path) -> Vec<String> {
-    let line = |name: &str, disk: &str| {
+/// Tells of snapshots that are there for a moment, but where what took them was killed.
+pub fn of_moments(rows: &[Row], mnt: &Path) -> Vec<String> {
+    let line = |name: &str| {
+        let restored = restored_disk(name).map(|disk| ("a restore to", disk));
+        let imported = || Some(("the import of a checkpoint for", disk_of(name, IMPORT_PREFIX)?));
+        let (what, disk) = restored.or_else(imported)?;
         let cancel = format!("fleecefs snapshot cancel {} {name}", mnt.display());
-        format!("snapshot '{name}' is of a restore to disk '{disk}': where that was killed, `{cancel}`")
+        Some(format!("snapshot '{name}' is of {what} disk '{disk}': where that was killed, `{cancel}`"))
     };
-    rows.iter().filter_map(|row| Some(line(&row.name, restored_disk(&row.name)?))).collect()
+    rows.iter().filter_map(|row| line(&row.name)).collect()
 }
 
 /// One line a snapshot.

@@ -98,7 +98,7 @@ fn print(status: &Status, mnt: &Path, out: &mut Out) -> Result<()> {
     section(&volumes(&status.disks), out)?;
     status.volume_warnings.iter().try_for_each(|text| out.line(format!("volumes: {}", printable(text))))?;
     section(&snapshot::table(&status.snapshots), out)?;
-    snapshot::of_restores(&status.snapshots, mnt).iter().try_for_each(|line| out.line(printable(line)))?;
+    snapshot::of_moments(&status.snapshots, mnt).iter().try_for_each(|line| out.line(printable(line)))?;
     section(&consumer::table(&status.consumers), out)?;
     out.line("")?;
     match status.checkpoints.last() {

@@ -21,6 +21,7 @@
 mod balance;
 mod batch;
 mod bitmaps;
+mod carry;
 mod chain;
 mod checkpoints;
 mod close;
@@ -66,6 +67,7 @@ mod zeros;
 
 pub use crate::bitmap::{Consistency, HookNote, Notes};
 pub use batch::{Action, Applied, BitmapInfo, BitmapRef, Refused};
+pub use carry::{CarriedInfo, IMPORT_PREFIX};
 pub use checkpoints::ConsumerLock;
 pub use counters::Counter;
 pub use disk::Disk;

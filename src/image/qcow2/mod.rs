@@ -12,6 +12,7 @@
 //! | `chain` | opening an image and all that lies below it |
 //! | [`files`] | which files these are |
 //! | [`create`] | new images |
+//! | [`carrier`] | images that carry a bitmap to another host |
 //! | `write` | changes of guest data: in place, or allocate, fill, sync, publish |
 //! | `pack` | clusters stored compressed |
 //! | `resize` | changes of the disk's size |
@@ -54,6 +55,7 @@ pub mod alloc;
 pub mod bitmaps;
 pub mod bitmaps_format;
 mod bitmaps_store;
+pub mod carrier;
 mod chain;
 pub mod check;
 pub mod compressed;

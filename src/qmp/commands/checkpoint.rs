@@ -1,13 +1,17 @@
 //! Checkpoints and the consumers that point at them.
 
 use super::{Command, Held};
+use crate::error::{Error, errno};
 use crate::qmp::args::Arguments;
-use crate::qmp::{CommandResult, Host};
+use crate::qmp::{CommandError, CommandResult, Host};
 use serde_json::json;
+use std::path::PathBuf;
 
 pub(super) const COMMANDS: &[Command] = &[
     Command::new("fleecefs-checkpoint-list", list),
     Command::new("fleecefs-checkpoint-delete", delete),
+    Command::new("fleecefs-checkpoint-export", export),
+    Command::new("fleecefs-checkpoint-import", import),
     Command::new("fleecefs-consumer-list", consumer_list),
     Command::holding("fleecefs-consumer-lock", consumer_lock),
     Command::new("fleecefs-consumer-set", consumer_set),
@@ -33,6 +37,32 @@ fn delete(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
     arguments.finish()?;
     host.fleece().delete_checkpoint(&name)?;
     Ok(json!({}))
+}
+
+/// Answers when all of the disk was read.
+fn export(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let name = arguments.string("name")?;
+    let disk = arguments.string("disk")?;
+    let file = file(&mut arguments)?;
+    arguments.finish()?;
+    Ok(json!(host.fleece().export_checkpoint(&name, &disk, &file)?))
+}
+
+/// Answers when all of the disk was read.
+fn import(host: &dyn Host, mut arguments: Arguments) -> CommandResult {
+    let disk = arguments.optional_string("disk")?;
+    let file = file(&mut arguments)?;
+    arguments.finish()?;
+    Ok(json!(host.fleece().import_checkpoint(&file, disk.as_deref())?))
+}
+
+/// The daemon's working directory is not the client's.
+fn file(arguments: &mut Arguments) -> Result<PathBuf, CommandError> {
+    let file = PathBuf::from(arguments.string("file")?);
+    if !file.is_absolute() {
+        return Err(Error::new(errno::EINVAL, format!("file '{}'", file.display()), "not an absolute path").into());
+    }
+    Ok(file)
 }
 
 fn consumer_list(host: &dyn Host, arguments: Arguments) -> CommandResult {

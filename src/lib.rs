@@ -4,7 +4,7 @@
 //! the frozen view as a file, with a map of what changed since any earlier point.
 //!
 //! Layers, each depending only on those below it (a test enforces it): [`cli`] and [`daemon`] over the surfaces
-//! [`fuse`] and [`qmp`], over [`backup`] (maps), over [`fleece`] (the core), over [`bitmap`] and [`image`], over
+//! [`fuse`], [`nbd`] and [`qmp`], over [`backup`] (maps), over [`fleece`] (the core), over [`bitmap`] and [`image`], over
 //! [`storage`]; [`volume`] (partitions and logical volumes) stands beside [`image`]; [`units`], [`error`] and [`sync`]
 //! are everybody's.
 
@@ -16,6 +16,7 @@ pub mod error;
 pub mod fleece;
 pub mod fuse;
 pub mod image;
+pub mod nbd;
 pub mod qmp;
 pub mod storage;
 pub mod sync;

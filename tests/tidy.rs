@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 8] = [
     &["image", "volume"],
     &["fleece"],
     &["backup"],
-    &["fuse", "qmp"],
+    &["fuse", "nbd", "qmp"],
     &["cli", "daemon"],
 ];
 /// Rows whose members may use each other: the basics, and the composition root with its command line.

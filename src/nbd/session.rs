@@ -1,0 +1,391 @@
+//! The transmission phase of one connection: who receives, and who works.
+//!
+//! * **One reader.** Whoever holds [`Session::input`] receives one request, lets go, works on it and replies: no request
+//!   is handed from thread to thread. A thread that finds another one reading waits to be called.
+//! * **Nobody keeps later requests unread.** A reader that goes to work calls another thread where the work takes long by
+//!   what was measured and the client sends more meanwhile, or where the command is slow by nature. Otherwise it comes
+//!   back sooner than a call would; where it does not, the server's watch calls (see [`Session::tick`]). This holds as
+//!   long as the connection may have another thread: see [`super::house`].
+//! * **Whole replies.** A reply or chunk is sent under [`Session::output`].
+//! * **The last one closes.** The transport ends when the last thread has left, so replies of what was begun go out.
+
+use super::export::{Context, Export};
+use super::handshake::Agreed;
+use super::house::{CONNECTION_THREADS, House, OWN_THREADS, Permit};
+use super::input::Input;
+use super::memory::{Buffer, Share};
+use super::proto::requests::{EXTENDED_BYTES, Request, header_bytes};
+use super::proto::{PAYLOAD_SKIP_MAX_BYTES, Style, command, command_flags};
+use super::transport::Transport;
+use crate::error::{Error, Result, errno};
+use parking_lot::{Condvar, Mutex};
+use std::io::{self, IoSlice};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Work that takes longer is worth a call: it costs about a tenth of that.
+const SLOW_NS: u64 = 50_000;
+/// So many requests after the last one that came beside another, calls end.
+const DEEP_REQUESTS: u32 = 32;
+/// Of slow requests of clients that seem to wait for each, one in so many is tried with a call.
+const PROBE: u64 = 16;
+/// A thread that nobody called for so long ends.
+const IDLE: Duration = Duration::from_secs(2);
+/// Data of a reply is sent in pieces of this size, so that it shows that a client takes them.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// One connection after its handshake.
+pub struct Session {
+    pub(super) house: Arc<House>,
+    pub(super) export: Arc<dyn Export>,
+    pub(super) contexts: Vec<Arc<dyn Context>>,
+    pub(super) style: Style,
+    pub(super) share: Arc<Share>,
+    transport: Arc<dyn Transport>,
+    /// Held by the reader.
+    input: Mutex<Input>,
+    /// Held while a reply or chunk is sent.
+    output: Mutex<()>,
+    crew: Mutex<Crew>,
+    /// Somebody in `crew` was called, has left, or all are to leave.
+    changed: Condvar,
+    over: AtomicBool,
+    in_flight: AtomicUsize,
+    signs: Signs,
+    pace: Pace,
+}
+
+/// Threads of a connection.
+#[derive(Default)]
+struct Crew {
+    threads: usize,
+    /// Of them, those that no permit stands for.
+    own: usize,
+    idle: usize,
+    /// A call that nobody has heard yet.
+    called: bool,
+}
+
+/// What the watch looks at.
+#[derive(Default)]
+struct Signs {
+    /// Somebody holds `input`, or was called to.
+    reading: AtomicBool,
+    /// Requests so far.
+    requests: AtomicU64,
+    /// Data of a request is being received; memory is held for it.
+    receiving: AtomicBool,
+    received: Arc<AtomicU64>,
+    sending: AtomicBool,
+    sent: AtomicU64,
+}
+
+/// What was measured.
+#[derive(Default)]
+struct Pace {
+    /// Moving average.
+    work_ns: AtomicU64,
+    /// Counts down from [`DEEP_REQUESTS`].
+    deep: AtomicU32,
+}
+
+/// A request with its data.
+pub(super) struct Job {
+    pub request: Request,
+    pub data: Option<Buffer>,
+    /// Why it is refused.
+    pub refusal: Option<Error>,
+}
+
+/// What the watch remembers of a session between two looks.
+#[derive(Default)]
+pub struct Seen {
+    requests: u64,
+    received: u64,
+    sent: u64,
+    stuck_since: Option<Instant>,
+}
+
+/// What the watch finds.
+pub struct Look {
+    /// There is work.
+    pub active: bool,
+    /// For how long the client has kept memory without moving.
+    pub stuck: Option<Duration>,
+}
+
+/// Counts a request.
+struct Flight<'a>(&'a AtomicUsize);
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn broken(why: &str) -> Error {
+    Error::new(errno::EINVAL, "transmission", why)
+}
+
+impl Session {
+    /// A session that nobody serves yet.
+    pub fn new(agreed: Agreed, house: Arc<House>) -> Arc<Session> {
+        let Agreed { export, style, contexts, input, .. } = agreed;
+        let share = house.memory.share(export.read_only());
+        let signs = Signs { reading: AtomicBool::new(true), received: input.counter(), ..Signs::default() };
+        Arc::new(Session {
+            house,
+            export,
+            contexts,
+            style,
+            share,
+            transport: input.transport().clone(),
+            input: Mutex::new(input),
+            output: Mutex::new(()),
+            crew: Mutex::new(Crew { threads: 1, own: 1, ..Crew::default() }),
+            changed: Condvar::new(),
+            over: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            signs,
+            pace: Pace::default(),
+        })
+    }
+
+    /// Serves until the client leaves, on this thread and others; all have left when it returns.
+    pub fn run(self: &Arc<Self>) {
+        self.work(true);
+        let mut crew = self.crew.lock();
+        crew.threads -= 1;
+        while crew.threads > 0 {
+            self.changed.wait(&mut crew);
+        }
+        drop(crew);
+        self.transport.shutdown();
+    }
+
+    /// Ends it at once: who waits for the client or for memory comes back.
+    pub fn kill(&self) {
+        self.leave();
+        self.share.close();
+        self.transport.shutdown();
+    }
+
+    /// Requests that are not answered yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Whether nobody waits for its results any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    fn leave(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        let _crew = self.crew.lock();
+        self.changed.notify_all();
+    }
+
+    /// One look of the watch, which comes every few milliseconds. Calls a reader where one has been missing since the
+    /// last look.
+    pub fn tick(self: &Arc<Self>, seen: &mut Seen, now: Instant) -> Look {
+        let signs = &self.signs;
+        let requests = signs.requests.load(Ordering::SeqCst);
+        let active = requests != seen.requests;
+        if !signs.reading.load(Ordering::SeqCst) && !active {
+            self.call();
+        }
+        let (received, sent) = (signs.received.load(Ordering::Relaxed), signs.sent.load(Ordering::Relaxed));
+        let receives = signs.receiving.load(Ordering::Relaxed);
+        let sends = signs.sending.load(Ordering::Relaxed);
+        let stuck = (receives && received == seen.received) || (sends && sent == seen.sent);
+        let stuck_since = if stuck { seen.stuck_since.or(Some(now)) } else { None };
+        *seen = Seen { requests, received, sent, stuck_since };
+        Look { active: active || self.in_flight() > 0, stuck: stuck_since.map(|since| now.duration_since(since)) }
+    }
+
+    /// `main` stays for as long as the session lives.
+    fn work(self: &Arc<Self>, main: bool) {
+        while !self.is_over() {
+            let Some(mut input) = self.input.try_lock() else {
+                if self.wait_for_call(main) {
+                    continue;
+                }
+                return;
+            };
+            self.signs.reading.store(true, Ordering::SeqCst);
+            let job = match self.receive(&mut input) {
+                Ok(Some(job)) => job,
+                Ok(None) => return self.leave(),
+                Err(e) => {
+                    if !self.is_over() {
+                        log::debug!("nbd: {e}");
+                    }
+                    return self.leave();
+                }
+            };
+            let flight = Flight(&self.in_flight);
+            let help = self.wants_help(&job, input.buffered());
+            self.signs.reading.store(help, Ordering::SeqCst);
+            drop(input);
+            if help {
+                self.call();
+            }
+            let begun = Instant::now();
+            self.perform_caught(&job);
+            self.note_pace(begun.elapsed());
+            drop((job, flight));
+        }
+    }
+
+    fn perform_caught(&self, job: &Job) {
+        let work = AssertUnwindSafe(|| self.perform(job));
+        match catch_unwind(work) {
+            Ok(Ok(())) => (),
+            Ok(Err(e)) => {
+                log::debug!("nbd: send: {e}");
+                self.kill();
+            }
+            Err(_) => {
+                // Half a reply may be out.
+                log::error!("nbd: a request panicked; its connection ends");
+                self.kill();
+            }
+        }
+    }
+
+    /// Whether another thread is to read meanwhile.
+    fn wants_help(&self, job: &Job, buffered: usize) -> bool {
+        let pace = &self.pace;
+        if buffered > 0 || self.in_flight() > 1 {
+            pace.deep.store(DEEP_REQUESTS, Ordering::Relaxed);
+        } else {
+            let less = |deep: u32| deep.checked_sub(1);
+            let _ = pace.deep.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        }
+        let probe = self.signs.requests.load(Ordering::Relaxed).is_multiple_of(PROBE);
+        let request = &job.request;
+        let by_nature = request.command == command::FLUSH || request.has(command_flags::FUA);
+        let slow = by_nature || pace.work_ns.load(Ordering::Relaxed) > SLOW_NS;
+        slow && (probe || pace.deep.load(Ordering::Relaxed) > 0)
+    }
+
+    fn note_pace(&self, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).min(1 << 30);
+        let old = self.pace.work_ns.load(Ordering::Relaxed);
+        self.pace.work_ns.store(old - old / 8 + took / 8, Ordering::Relaxed);
+    }
+
+    /// Wakes a thread, or starts one, to read.
+    fn call(self: &Arc<Self>) {
+        self.signs.reading.store(true, Ordering::SeqCst);
+        let mut crew = self.crew.lock();
+        if crew.called || self.is_over() {
+            return;
+        }
+        if crew.idle > 0 {
+            crew.called = true;
+            self.changed.notify_one();
+            return;
+        }
+        if crew.threads >= CONNECTION_THREADS {
+            return self.signs.reading.store(false, Ordering::SeqCst);
+        }
+        let own = crew.own < OWN_THREADS;
+        let permit = if own { None } else { self.house.borrow_thread(self.export.read_only()) };
+        if !own && permit.is_none() {
+            return self.signs.reading.store(false, Ordering::SeqCst);
+        }
+        crew.threads += 1;
+        crew.own += usize::from(own);
+        let session = self.clone();
+        let started = thread::Builder::new().name("nbd-work".into()).spawn(move || session.help(permit));
+        if let Err(e) = started {
+            crew.threads -= 1;
+            crew.own -= usize::from(own);
+            self.signs.reading.store(false, Ordering::SeqCst);
+            log::debug!("nbd: cannot start a thread: {e}");
+        }
+    }
+
+    /// The life of another thread than the first.
+    fn help(self: &Arc<Self>, permit: Option<Permit>) {
+        self.work(false);
+        let mut crew = self.crew.lock();
+        crew.threads -= 1;
+        crew.own -= usize::from(permit.is_none());
+        self.changed.notify_all();
+    }
+
+    /// Whether there is something to do; `false` ends the thread.
+    fn wait_for_call(&self, main: bool) -> bool {
+        let mut crew = self.crew.lock();
+        crew.idle += 1;
+        let mut patient = true;
+        while !crew.called && !self.is_over() && patient {
+            patient = !self.changed.wait_for(&mut crew, IDLE).timed_out() || main;
+        }
+        crew.idle -= 1;
+        std::mem::take(&mut crew.called)
+    }
+
+    /// The next request; `None` where the client leaves.
+    fn receive(&self, input: &mut Input) -> Result<Option<Job>> {
+        let failed = |e| Error::io("receive", e);
+        let mut header = [0; EXTENDED_BYTES];
+        let header = header.get_mut(..header_bytes(self.style)).unwrap_or_default();
+        if !input.fill_or_end(header).map_err(failed)? {
+            return Ok(None);
+        }
+        let request = Request::decode(header, self.style).ok_or_else(|| broken("a request has no magic number"))?;
+        if request.command == command::DISC {
+            return Ok(None);
+        }
+        // Before it is looked whether the server stops: it looks the other way round.
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.signs.requests.fetch_add(1, Ordering::SeqCst);
+        let job = self.receive_data(input, request);
+        if job.is_err() {
+            self.in_flight.fetch_sub(1, Ordering::SeqCst);
+        }
+        job.map(Some)
+    }
+
+    fn receive_data(&self, input: &mut Input, request: Request) -> Result<Job> {
+        let len = request.payload_len(self.style);
+        let refusal = self.refusal(&request);
+        if len == 0 || refusal.is_some() {
+            if len > PAYLOAD_SKIP_MAX_BYTES {
+                return Err(broken("a refused request has too much data to skip"));
+            }
+            input.skip(len).map_err(|e| Error::io("receive", e))?;
+            return Ok(Job { request, data: None, refusal });
+        }
+        let mut data = self.share.take(len as usize).ok_or_else(|| broken("the connection has ended"))?;
+        self.signs.receiving.store(true, Ordering::Relaxed);
+        let filled = input.fill(&mut data);
+        self.signs.receiving.store(false, Ordering::Relaxed);
+        filled.map_err(|e| Error::io("receive", e))?;
+        Ok(Job { request, data: Some(data), refusal: None })
+    }
+
+    /// Sends a reply or chunk, whole.
+    pub(super) fn send(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
+        let _whole = self.output.lock();
+        self.signs.sending.store(true, Ordering::Relaxed);
+        let (first, mut rest) = data.split_at(data.len().min(PIECE_BYTES));
+        let mut sent = self.transport.send(&[IoSlice::new(head), IoSlice::new(first)]);
+        while sent.is_ok() && !rest.is_empty() {
+            self.signs.sent.fetch_add(1, Ordering::Relaxed);
+            let (piece, later) = rest.split_at(rest.len().min(PIECE_BYTES));
+            sent = self.transport.send(&[IoSlice::new(piece)]);
+            rest = later;
+        }
+        self.signs.sent.fetch_add(1, Ordering::Relaxed);
+        self.signs.sending.store(false, Ordering::Relaxed);
+        sent
+    }
+}

@@ -36,6 +36,7 @@ pub mod errno {
     pub const ENODATA: i32 = 61;
     pub const EOPNOTSUPP: i32 = 95;
     pub const ENOTCONN: i32 = 107;
+    pub const ESHUTDOWN: i32 = 108;
     pub const ETIMEDOUT: i32 = 110;
     pub const ECONNREFUSED: i32 = 111;
     pub const ESTALE: i32 = 116;

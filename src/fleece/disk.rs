@@ -401,6 +401,13 @@ impl Disk {
         self.image.block_status(offset, len)
     }
 
+    /// Whether a run of the live disk is the image's own, and not of what lies below it; as [`View::is_own`].
+    ///
+    /// [`View::is_own`]: super::view::View::is_own
+    pub fn is_own(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        self.image.is_own(offset, len)
+    }
+
     /// All steps of the module for at most 1 MiB. `zeroes`: the range will read as zeros, so that what reads as
     /// zeros already needs no copy.
     fn mutate(
@@ -548,7 +555,8 @@ impl Disk {
         Ok(())
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    /// Whether it is no longer served.
+    pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 

@@ -44,7 +44,7 @@ pub enum HoldEnd {
 pub(super) struct Held {
     disk: String,
     name: String,
-    frozen: DirtyBitmap,
+    frozen: Arc<DirtyBitmap>,
     /// It ended, or nobody has it any more.
     over: AtomicBool,
 }
@@ -92,6 +92,11 @@ impl Drop for Hold {
 
 impl Held {
     pub(super) fn new(disk: &str, name: &str, frozen: DirtyBitmap) -> Self {
+        Held::over(disk, name, Arc::new(frozen))
+    }
+
+    /// The same over bits that may still be marked.
+    pub(super) fn over(disk: &str, name: &str, frozen: Arc<DirtyBitmap>) -> Self {
         Held { disk: disk.to_owned(), name: name.to_owned(), frozen, over: AtomicBool::new(false) }
     }
 
@@ -154,9 +159,10 @@ impl Holds {
             Some(held) => {
                 let why = match held.name.as_str() {
                     "" => "a job uses it".to_owned(),
-                    name => format!("its bitmap '{}' is in use by a job", name.escape_debug()),
+                    name => format!("its bitmap '{}' is in use", name.escape_debug()),
                 };
-                Err(Error::new(errno::EBUSY, format!("disk '{disk}'"), why).hint("wait for the job, or cancel it"))
+                Err(Error::new(errno::EBUSY, format!("disk '{disk}'"), why)
+                    .hint("end the job or the export that uses it"))
             }
             None => Ok(()),
         }

@@ -13,32 +13,58 @@ use std::ops::Range;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// The dirty map of a view since one point. See the module.
+/// What changed from one point to a view. See the module.
+#[derive(Debug)]
+pub struct Changes {
+    size: u64,
+    /// None: everything is dirty.
+    bitmap: Option<DirtyBitmap>,
+    everything: Option<String>,
+}
+
+/// The dirty map of a view since one point: what changed, and what of it reads as zeros. See the module.
 #[derive(Debug)]
 pub struct ViewMap {
     view: Arc<View>,
     base: Option<Point>,
-    /// None: everything is dirty.
-    bitmap: Option<DirtyBitmap>,
-    everything: Option<String>,
+    changes: Changes,
     zeros: Arc<ZeroMap>,
 }
 
-impl ViewMap {
-    pub(super) fn new(view: Arc<View>, base: Option<Uuid>) -> Result<ViewMap> {
-        let zeros = view.zeros()?;
+impl Changes {
+    pub(super) fn new(view: &View, base: Option<Uuid>) -> Result<Changes> {
+        let size = view.size();
         let Some(base) = base else {
             let everything =
                 Some(view.full_reason().unwrap_or_else(|| "no earlier checkpoint was asked for".to_owned()));
-            return Ok(ViewMap { view, base: None, bitmap: None, everything, zeros });
+            return Ok(Changes { size, bitmap: None, everything });
         };
         let tracking = &view.disk.tracking;
         let union = tracking.union(base, view.checkpoint().uuid, view.size())?;
         for range in view.skipped.ranges() {
             union.bitmap.mark_unfenced(range.start, range.end - range.start);
         }
-        let base = view.since().into_iter().find(|point| point.uuid == base);
-        Ok(ViewMap { bitmap: Some(union.bitmap), everything: union.everything, base, view, zeros })
+        Ok(Changes { size, bitmap: Some(union.bitmap), everything: union.everything })
+    }
+
+    /// Whether the byte at `offset` may have changed, and for how many bytes (at most `len`) that holds on.
+    pub fn dirty_run(&self, offset: u64, len: u64) -> (bool, u64) {
+        let end = (offset + len).min(self.size);
+        let Some(bitmap) = &self.bitmap else { return (true, end.saturating_sub(offset)) };
+        match bitmap.next_dirty_run(offset, end) {
+            Some(run) if run.start <= offset => (true, run.end.min(end) - offset),
+            Some(run) => (false, run.start - offset),
+            None => (false, end.saturating_sub(offset)),
+        }
+    }
+}
+
+impl ViewMap {
+    pub(super) fn new(view: Arc<View>, base: Option<Uuid>) -> Result<ViewMap> {
+        let zeros = view.zeros()?;
+        let changes = Changes::new(&view, base)?;
+        let base = base.and_then(|uuid| view.since().into_iter().find(|point| point.uuid == uuid));
+        Ok(ViewMap { base, changes, view, zeros })
     }
 
     /// The view that the map is of.
@@ -53,25 +79,19 @@ impl ViewMap {
 
     /// Why everything counts as dirty, where it does for want of a base or of knowledge.
     pub fn everything(&self) -> Option<&str> {
-        self.everything.as_deref()
+        self.changes.everything.as_deref()
     }
 
     /// Whether the byte at `offset` may have changed, and for how many bytes (at most `len`) that holds on.
     pub fn dirty_run(&self, offset: u64, len: u64) -> (bool, u64) {
-        let end = (offset + len).min(self.view.size());
-        let Some(bitmap) = &self.bitmap else { return (true, end.saturating_sub(offset)) };
-        match bitmap.next_dirty_run(offset, end) {
-            Some(run) if run.start <= offset => (true, run.end.min(end) - offset),
-            Some(run) => (false, run.start - offset),
-            None => (false, end.saturating_sub(offset)),
-        }
+        self.changes.dirty_run(offset, len)
     }
 
     /// The first run of bytes at or behind `offset` that may have changed, as long as possible; an empty one at the end of
     /// the disk where there is none.
     pub fn next_dirty(&self, offset: u64) -> Range<u64> {
         let size = self.view.size();
-        let found = match &self.bitmap {
+        let found = match &self.changes.bitmap {
             Some(bitmap) => bitmap.next_dirty_run(offset, size),
             None => Some(offset.min(size)..size),
         };
@@ -80,7 +100,7 @@ impl ViewMap {
 
     /// Bytes that may have changed.
     pub fn dirty_bytes(&self) -> u64 {
-        match &self.bitmap {
+        match &self.changes.bitmap {
             Some(bitmap) => bitmap.count_bytes().min(self.view.size()),
             None => self.view.size(),
         }

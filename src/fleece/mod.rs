@@ -16,7 +16,7 @@
 //!
 //! Tracking (bitmaps, checkpoints, what survives which crash): `tracking`, `regions`, `disarm`, `found`, `recover`, `close`,
 //! `transaction`, `checkpoints`; who else writes: `foreign`; what is no longer known: `lost`. Users' bitmaps: `batch`,
-//! `bitmaps`, `plan`, `work`, `hold`, `users`. What a job reads: `frozen`.
+//! `bitmaps`, `plan`, `work`, `hold`, `users`. What a job reads: `frozen`; what others are shown: `shown`.
 
 mod balance;
 mod batch;
@@ -51,6 +51,7 @@ mod preserve;
 mod recover;
 mod regions;
 mod scan;
+mod shown;
 mod skip;
 mod snapshot;
 mod store;
@@ -78,9 +79,10 @@ pub use hold::{Hold, HoldEnd, KeptDisk};
 pub use info::{
     CheckpointDisk, CheckpointInfo, ConsumerInfo, DiskInfo, SkippedInfo, SnapshotDisk, SnapshotInfo, TrackingLoss,
 };
-pub use map::ViewMap;
+pub use map::{Changes, ViewMap};
 pub use place::{Environment, Place, state_dir};
 pub use scan::{FrozenVolumes, LiveVolumes};
+pub use shown::ShownBitmap;
 pub use skip::Skip;
 pub use snapshot::{Snapshot, SnapshotRequest};
 pub use view::{Point, View};

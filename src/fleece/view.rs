@@ -10,7 +10,7 @@
 use super::chain::{Chain, Source};
 use super::disk::Disk;
 use super::layer::Layer;
-use super::map::ViewMap;
+use super::map::{Changes, ViewMap};
 use super::skip::Skipped;
 use super::store::{Piece, read_pieces};
 use crate::bitmap::LayerEntry;
@@ -167,6 +167,16 @@ impl View {
     /// What changed from `base` (None: everything) to this view. ENOENT for a point that is not known.
     pub fn map(self: &Arc<Self>, base: Option<Uuid>) -> Result<Arc<ViewMap>> {
         ViewMap::new(self.clone(), base).map(Arc::new)
+    }
+
+    /// The same without what reads as zeros, which takes a walk over the view where it was not asked for yet.
+    pub fn changes(&self, base: Option<Uuid>) -> Result<Changes> {
+        Changes::new(self, base)
+    }
+
+    /// Whether its disk is still served.
+    pub fn is_served(&self) -> bool {
+        !self.disk.is_closed()
     }
 
     /// Why the view can no longer be read, if so.

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`proto`] | the wire format, pure |
 //! | [`export`] | what is served, as traits |
+//! | [`exports`] | disks and views, and their names |
 //! | [`transport`], [`input`] | a connection's bytes |
 //! | [`handshake`] | until an export is agreed on |
 //! | [`session`], `work` | requests: who receives them, what they do |
@@ -13,6 +14,7 @@
 //! | [`server`], [`listen`] | sockets, connections, the watch over them, the stop |
 
 pub mod export;
+pub mod exports;
 pub mod handshake;
 pub mod house;
 pub mod input;

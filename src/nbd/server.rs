@@ -94,6 +94,11 @@ impl Server {
         for address in addresses {
             listeners.extend(Listener::bind(address, options.unix_mode)?);
         }
+        Server::on(listeners, exports, options)
+    }
+
+    /// Begins to serve on sockets that are bound: who connected meanwhile has waited.
+    pub fn on(listeners: Vec<Listener>, exports: Arc<dyn Exports>, options: ServerOptions) -> Result<Server> {
         let shared = Arc::new(Shared {
             listeners,
             exports,

@@ -4,7 +4,8 @@
 //! disks, bind the socket, mount, serve, and tell readiness only when the mount answers.
 //!
 //! End, in this order, whatever asked for it (SIGTERM, SIGINT, SIGHUP, `quit`, or an unmount from outside):
-//! 1. no more commands from the socket; those that run are waited for, and jobs are cancelled;
+//! 1. no more commands from the socket; those that run are waited for, and jobs are cancelled; then the NBD servers end:
+//!    what their clients have asked for is finished and answered;
 //! 2. unmount. Where files are open (a guest's disk, a backup's view), the mount is detached from the tree, so that no
 //!    new opens come, and the last close is waited for [`BUSY_GRACE`], or until a second signal;
 //! 3. `Fleece::close` saves bitmaps and state. This happens in every case: whoever still has a file open gets errors
@@ -17,10 +18,12 @@
 
 mod images;
 mod logging;
+mod nbd;
 mod own_mount;
 
 pub use images::{absolute, check_images};
 pub use logging::to_syslog as log_to_syslog;
+pub use nbd::{Nbd, NbdPlan};
 pub use own_mount::OwnMount;
 
 use crate::backup::jobs::Jobs;
@@ -28,7 +31,8 @@ use crate::error::{Error, Result, errno};
 use crate::fleece::{Action, Applied, Disk, DiskSpec, Fleece, Options, Refused, Snapshot, SnapshotRequest};
 use crate::fuse::control::Control;
 use crate::fuse::session::{self, MountOptions, Mounted};
-use crate::qmp::{Events, Host, Listener, Nodes, Server};
+use crate::nbd::listen::Listener as NbdListener;
+use crate::qmp::{Events, ExportHost, Host, Listener, Nodes, Server};
 use crate::storage::process;
 use sd_notify::NotifyState;
 use serde_json::{Value, json};
@@ -72,6 +76,8 @@ pub struct Plan {
     pub read_only: bool,
     /// The control socket, where the default is not wanted.
     pub qmp: Option<PathBuf>,
+    /// The NBD server.
+    pub nbd: NbdPlan,
     /// Where to write the process id.
     pub pidfile: Option<PathBuf>,
     /// Stay in the foreground.
@@ -139,8 +145,9 @@ fn serve(plan: &Plan, ready: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     let (ends, end) = mpsc::channel();
     watch_signals(ends.clone())?;
     let events = Arc::new(Events::default());
+    let sockets = nbd::bind(&plan.nbd)?;
     let fleece = open_disks(plan, &events)?;
-    let (outcome, stopped) = match Served::start(plan, &fleece, &events, ends) {
+    let (outcome, stopped) = match Served::start(plan, &fleece, &events, sockets, ends) {
         Ok(served) => {
             let told = ready();
             let cause = if told.is_ok() { served.wait(&end) } else { End::Quit };
@@ -196,16 +203,24 @@ struct Served {
     mounted: Arc<Mounted>,
     server: Server,
     jobs: Arc<Jobs>,
+    nbd: Arc<Nbd>,
     pidfile: Option<PidFile>,
 }
 
 impl Served {
-    fn start(plan: &Plan, fleece: &Arc<Fleece>, events: &Arc<Events>, ends: Sender<End>) -> Result<Served> {
+    fn start(
+        plan: &Plan,
+        fleece: &Arc<Fleece>,
+        events: &Arc<Events>,
+        sockets: Vec<NbdListener>,
+        ends: Sender<End>,
+    ) -> Result<Served> {
         let listener = Listener::bind(&socket_path(plan, fleece)?)?;
         let qmp = listener.path().to_owned();
+        let nbd = Arc::new(Nbd::new(plan.nbd.clone(), &plan.mountpoint, fleece, events));
         let status = {
-            let (fleece, qmp) = (fleece.clone(), qmp.clone());
-            Arc::new(move || status(&fleece, &qmp))
+            let (fleece, nbd, qmp) = (fleece.clone(), nbd.clone(), qmp.clone());
+            Arc::new(move || status(&fleece, &nbd, &qmp))
         };
         let options = MountOptions {
             threads: plan.threads,
@@ -216,9 +231,12 @@ impl Served {
             status,
         };
         let mounted = Arc::new(session::mount(fleece.clone(), &plan.mountpoint, &options)?);
-        match Served::attach(plan, fleece, events, ends, listener, &mounted) {
-            Ok((server, jobs, pidfile)) => Ok(Served { mounted, server, jobs, pidfile }),
+        let attached =
+            nbd.serve(sockets).and_then(|()| Served::attach(plan, fleece, events, ends, listener, &mounted, &nbd));
+        match attached {
+            Ok((server, jobs, pidfile)) => Ok(Served { mounted, server, jobs, nbd, pidfile }),
             Err(e) => {
+                nbd.stop();
                 if let Err(second) = mounted.unmount(true) {
                     log::error!("{second}");
                 }
@@ -235,6 +253,7 @@ impl Served {
         ends: Sender<End>,
         listener: Listener,
         mounted: &Arc<Mounted>,
+        nbd: &Arc<Nbd>,
     ) -> Result<(Server, Arc<Jobs>, Option<PidFile>)> {
         let waiting = (mounted.clone(), ends.clone());
         spawn("mount-wait", move || {
@@ -248,6 +267,7 @@ impl Served {
         let host = Arc::new(Daemon {
             jobs: jobs.clone(),
             nodes: Nodes::default(),
+            nbd: nbd.clone(),
             fleece: fleece.clone(),
             control: mounted.control(),
             mountpoint: plan.mountpoint.clone(),
@@ -273,6 +293,7 @@ impl Served {
         events.emit("SHUTDOWN", &json!({ "guest": false, "reason": cause.reason() }));
         self.server.stop();
         self.jobs.stop(JOB_GRACE);
+        self.nbd.stop();
         if cause != End::Unmounted {
             unmount(&self.mounted, end);
         }
@@ -353,13 +374,14 @@ fn socket_name(mountpoint: &Path) -> String {
 }
 
 /// What `status.json` and `fleecefs-status` say.
-fn status(fleece: &Fleece, qmp: &Path) -> Value {
+fn status(fleece: &Fleece, nbd: &Nbd, qmp: &Path) -> Value {
     let counters: serde_json::Map<_, _> =
         fleece.counters().into_iter().map(|c| (c.name.to_owned(), json!(c.value))).collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "pid": std::process::id(),
         "qmp": qmp,
+        "nbd": nbd.status(),
         "disks": fleece.disk_infos(),
         "snapshots": fleece.snapshot_infos(),
         "checkpoints": fleece.checkpoints(),
@@ -376,6 +398,7 @@ struct Daemon {
     fleece: Arc<Fleece>,
     jobs: Arc<Jobs>,
     nodes: Nodes,
+    nbd: Arc<Nbd>,
     control: Arc<Control>,
     mountpoint: PathBuf,
     qmp: PathBuf,
@@ -403,6 +426,10 @@ impl Host for Daemon {
         &self.nodes
     }
 
+    fn exports(&self) -> &dyn ExportHost {
+        &*self.nbd
+    }
+
     fn check_image(&self, spec: &DiskSpec) -> Result<()> {
         images::check_added(spec, &self.mountpoint, &self.fleece)
     }
@@ -413,7 +440,7 @@ impl Host for Daemon {
     }
 
     fn status(&self) -> Value {
-        status(&self.fleece, &self.qmp)
+        status(&self.fleece, &self.nbd, &self.qmp)
     }
 
     fn quit(&self) {

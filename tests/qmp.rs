@@ -2,15 +2,18 @@
 
 #[path = "qmp/bitmaps.rs"]
 mod bitmaps;
+#[path = "qmp/exports.rs"]
+mod exports;
 #[path = "qmp/jobs.rs"]
 mod jobs;
 #[path = "qmp/push.rs"]
 mod push;
 
 use fleecefs::backup::jobs::Jobs;
+use fleecefs::daemon::{Nbd, NbdPlan};
 use fleecefs::error::Result;
 use fleecefs::fleece::{Action, Applied, Disk, DiskSpec, Event, Fleece, Options, Refused, Snapshot, SnapshotRequest};
-use fleecefs::qmp::{Client, Events, Host, Listener, Nodes, Server, server::MAX_CONNECTIONS};
+use fleecefs::qmp::{Client, Events, ExportHost, Host, Listener, Nodes, Server, server::MAX_CONNECTIONS};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -25,6 +28,7 @@ struct TestHost {
     fleece: Arc<Fleece>,
     jobs: Arc<Jobs>,
     nodes: Nodes,
+    nbd: Arc<Nbd>,
     quits: Sender<()>,
 }
 
@@ -44,6 +48,9 @@ impl Host for TestHost {
     fn nodes(&self) -> &Nodes {
         &self.nodes
     }
+    fn exports(&self) -> &dyn ExportHost {
+        &*self.nbd
+    }
     fn check_image(&self, _: &DiskSpec) -> Result<()> {
         Ok(())
     }
@@ -62,6 +69,7 @@ struct Fixture {
     dir: tempfile::TempDir,
     fleece: Arc<Fleece>,
     jobs: Arc<Jobs>,
+    nbd: Arc<Nbd>,
     events: Arc<Events>,
     server: Option<Server>,
     quits: Receiver<()>,
@@ -80,10 +88,11 @@ impl Fixture {
         let told = events.clone();
         let jobs = Jobs::new(move |event| told.emit_job(event));
         let nodes = Nodes::default();
-        let host = Arc::new(TestHost { fleece: fleece.clone(), jobs: jobs.clone(), nodes, quits });
+        let nbd = Arc::new(Nbd::new(NbdPlan::default(), &dir.path().join("mnt"), &fleece, &events));
+        let host = Arc::new(TestHost { fleece: fleece.clone(), jobs: jobs.clone(), nodes, nbd: nbd.clone(), quits });
         let listener = Listener::bind(&dir.path().join("qmp")).unwrap();
         let server = Server::start(listener, host, events.clone()).unwrap();
-        let fixture = Fixture { dir, fleece, jobs, events, server: Some(server), quits: quit };
+        let fixture = Fixture { dir, fleece, jobs, nbd, events, server: Some(server), quits: quit };
         let image = fixture.image("vda");
         fixture.fleece.add_disk(&spec("vda", image)).unwrap();
         fixture
@@ -111,6 +120,7 @@ impl Drop for Fixture {
         if let Some(server) = self.server.take() {
             server.finish();
         }
+        self.nbd.stop();
         let _ = self.fleece.close();
     }
 }

@@ -2,12 +2,13 @@
 
 use super::Exit;
 use super::spec::{block_devices_by_name, format_by_name, l2_cache_size, parse_disk_option, parse_image};
-use crate::daemon::{self, OwnMount, Plan, absolute};
+use crate::daemon::{self, NbdPlan, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
 use crate::fleece::{
     BlockDevicePolicy, DEFAULT_GUEST_SHARE, MAX_GUEST_SHARE, Options, Skip, StoreErrorPolicy, TrackingErrorPolicy,
 };
 use crate::image::{Cache, Format};
+use crate::nbd::listen::Address;
 use crate::storage::process;
 use crate::units::{CHUNK_RANGE, DEFAULT_CHUNK, parse_size};
 use clap::{Args, ValueEnum};
@@ -97,6 +98,9 @@ pub struct MountArgs {
     /// Control socket [default: below /run/fleecefs, or $XDG_RUNTIME_DIR/fleecefs]
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
+    /// Serve all disks and snapshots by NBD: unix:PATH, or tcp:HOST:PORT; may be given several times
+    #[arg(long, value_name = "ADDR")]
+    nbd: Vec<Address>,
     /// Where to write the process id
     #[arg(long, value_name = "PATH")]
     pidfile: Option<PathBuf>,
@@ -200,10 +204,26 @@ impl MountArgs {
             fuse_options,
             read_only,
             qmp: outside("--qmp", &self.qmp)?,
+            nbd: self.nbd(&own_mount)?,
             pidfile: outside("--pidfile", &self.pidfile)?,
             foreground: self.foreground,
             mountpoint,
         })
+    }
+
+    /// The NBD server; its sockets lie outside of the mount.
+    fn nbd(&self, own_mount: &OwnMount) -> Result<NbdPlan> {
+        let outside = |address: &Address| match address {
+            Address::Unix(path) => {
+                own_mount.refuse("--nbd", path)?;
+                Ok(Address::Unix(absolute(path)?))
+            }
+            Address::Tcp { .. } => Ok(address.clone()),
+        };
+        let addresses = self.nbd.iter().map(outside).collect::<Result<_>>()?;
+        let plan = NbdPlan { addresses, plain_tcp: false };
+        plan.check()?;
+        Ok(plan)
     }
 
     /// `-o ro` and `-o rw` are ours to obey, the rest is FUSE's.

@@ -5,7 +5,7 @@
 //! negotiation, dispatch of one connection), [`commands`] (one file per group of commands), [`args`] (strict argument
 //! checking with QEMU's texts), [`codec`] (bytes to JSON values, pure). [`client`] is what the command line uses.
 //!
-//! [`nodes`] are the block nodes that are no disks.
+//! [`nodes`] are the block nodes that are no disks, [`exports`] what NBD's commands ask for.
 //!
 //! Invariants:
 //! - Who may command: root and the user that the daemon runs as, by the peer's credentials, whatever the socket's mode.
@@ -18,6 +18,7 @@ pub mod client;
 pub mod codec;
 pub mod commands;
 pub mod events;
+pub mod exports;
 pub mod nodes;
 pub mod outbox;
 pub mod server;
@@ -25,6 +26,7 @@ pub mod session;
 
 pub use client::Client;
 pub use events::Events;
+pub use exports::ExportHost;
 pub use nodes::Nodes;
 pub use server::{Listener, Server};
 
@@ -46,6 +48,8 @@ pub trait Host: Send + Sync {
     fn jobs(&self) -> &Arc<Jobs>;
     /// The file nodes.
     fn nodes(&self) -> &Nodes;
+    /// The NBD server of the commands.
+    fn exports(&self) -> &dyn ExportHost;
     /// Refuses an image whose files a disk uses, or that lies in the mount itself.
     fn check_image(&self, spec: &DiskSpec) -> Result<()>;
     /// Serves one more image.

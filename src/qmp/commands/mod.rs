@@ -5,6 +5,7 @@ mod basic;
 mod bitmap;
 mod checkpoint;
 mod disk;
+mod export;
 mod job;
 mod node;
 mod query;
@@ -63,6 +64,7 @@ const GROUPS: &[&[Command]] = &[
     bitmap::COMMANDS,
     checkpoint::COMMANDS,
     disk::COMMANDS,
+    export::COMMANDS,
     job::COMMANDS,
     node::COMMANDS,
     query::COMMANDS,

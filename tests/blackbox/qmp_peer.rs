@@ -201,6 +201,16 @@ fn nodes_come_and_go_as_in_qemu() {
 }
 
 #[test]
+fn exports_come_and_go_as_in_qemu() {
+    let rig = Rig::new();
+    for side in ["ours", "qemus"] {
+        std::fs::write(rig.mount_point(&format!("exports-{side}")).join("r.raw"), vec![0; MIB as usize]).unwrap();
+    }
+    let dir = |side: &str, _| json!({ "dir": rig.path(&format!("exports-{side}")) });
+    compare("exports.py", &[("a", "raw", 64 * MIB), ("q", "qcow2", 64 * MIB)], 1, &dir);
+}
+
+#[test]
 fn answers_are_what_qemus_schema_says() {
     requires!("python3", "qemu-storage-daemon", "qemu-img");
     let Some(python) = python_with_qmp("schema") else { return };

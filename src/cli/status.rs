@@ -30,6 +30,8 @@ struct Status {
     checkpoints: Vec<Checkpoint>,
     consumers: Vec<consumer::Row>,
     #[serde(default)]
+    nbd: Vec<NbdServer>,
+    #[serde(default)]
     problems: Vec<String>,
     #[serde(default)]
     volume_warnings: Vec<String>,
@@ -50,6 +52,18 @@ struct Disk {
     snapshot: Option<String>,
     #[serde(flatten)]
     holds: DiskContent,
+}
+
+#[derive(Deserialize)]
+struct NbdServer {
+    by: String,
+    addresses: Vec<String>,
+    exports: Vec<NbdExport>,
+}
+
+#[derive(Deserialize)]
+struct NbdExport {
+    connections: usize,
 }
 
 #[derive(Deserialize)]
@@ -110,12 +124,20 @@ fn print(status: &Status, mnt: &Path, out: &mut Out) -> Result<()> {
         ))?,
         None => out.line("checkpoints: none")?,
     }
+    status.nbd.iter().try_for_each(|server| out.line(nbd_line(server)))?;
     let style = Style::of_stdout();
     if status.problems.is_empty() {
         return out.line(format!("problems: {}", style.good("none")));
     }
     out.line(format!("problems: {}", status.problems.len()))?;
     status.problems.iter().try_for_each(|problem| out.line(format!("  {}", style.bad(&printable(problem)))))
+}
+
+fn nbd_line(server: &NbdServer) -> String {
+    let clients: usize = server.exports.iter().map(|export| export.connections).sum();
+    let (by, count) = (if server.by == "qmp" { " (nbd-server-start)" } else { "" }, server.exports.len());
+    let addresses = printable(&server.addresses.join(", "));
+    format!("nbd: {addresses}{by}, {count} export(s), {clients} client(s)")
 }
 
 /// One line a volume, and one for what a disk is itself.

@@ -297,7 +297,7 @@ impl Fleece {
         disk.holds.check_none(name)?;
         if disk.is_open() || self.lingering.read().iter().any(|snapshot| !snapshot.is_gone() && held(snapshot)) {
             return Err(Error::new(errno::EBUSY, format!("disk '{name}'"), "its files are open")
-                .hint("stop the guest and the readers first"));
+                .hint("stop the guest and the readers first, and end its NBD exports"));
         }
         self.disks.write().remove(name);
         disk.close(false).inspect_err(|_| {

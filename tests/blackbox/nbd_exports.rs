@@ -88,6 +88,8 @@ fn disks_and_snapshots_are_exported_as_long_as_they_are_there() {
     let mut view = Nbd::open(&socket, "s/vda").unwrap();
     assert!(view.read_only);
     assert_eq!(mount.status()["nbd"][0]["exports"][0]["connections"], 1);
+    let line = format!("nbd: {option}, 4 export(s), 1 client(s)");
+    assert!(mount.done("status", args![]).contains(&line), "{line}");
     let frozen = fs::read(mount.view("s", "vda")).unwrap();
     mount.guest("vda").write_all_at(&[9; 1 << 20], 0).unwrap();
     mount.drop_snap("s");

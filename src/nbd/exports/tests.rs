@@ -19,8 +19,12 @@ struct Rig {
 
 impl Rig {
     fn new() -> Rig {
+        Rig::with(Options::default())
+    }
+
+    fn with(options: Options) -> Rig {
         let dir = tempfile::tempdir().unwrap();
-        let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..Options::default() });
+        let fleece = Fleece::new(Options { state_dir: Some(dir.path().join("state")), ..options });
         for (name, read_only) in [("vda", false), ("ro", true)] {
             let file = dir.path().join(format!("{name}.raw"));
             std::fs::File::create(&file).unwrap().set_len(DISK_BYTES).unwrap();
@@ -176,6 +180,34 @@ fn writes_zeroes_and_discards_reach_the_disk() {
     let read_only = rig.mount.open("ro").unwrap();
     assert_eq!(read_only.write(&[1], 0).unwrap_err().errno(), errno::EPERM);
     read_only.flush().unwrap();
+}
+
+#[test]
+fn a_view_is_read_in_pieces_that_each_wait_for_the_guest_in_their_turn() {
+    let rig = Rig::new();
+    rig.snap("s");
+    let view = rig.mount.open("s/vda").unwrap();
+    let reads = || rig.fleece.counters().iter().find(|counter| counter.name == "view_reads").unwrap().value;
+    let before = reads();
+    bytes(&*view, 100, 3 * MIB as usize);
+    assert_eq!(reads() - before, 3);
+}
+
+#[test]
+fn a_broken_view_is_an_error_and_never_data_nor_a_hole() {
+    let rig = Rig::with(Options { store_limit: Some(65536), ..Options::default() });
+    rig.write(1, 0, 2 * MIB);
+    rig.snap("s");
+    let view = rig.mount.open("s/vda").unwrap();
+    rig.write(2, 0, 2 * MIB);
+    assert!(rig.fleece.snapshot("s").unwrap().broken().is_some());
+    for offset in [0, 3 * MIB] {
+        assert_eq!(view.read(&mut [0; 512], offset).unwrap_err().errno(), errno::EIO);
+        for context in [ALLOCATION, DEPTH] {
+            let refused = view.context(context).unwrap().run(offset, 512).unwrap_err();
+            assert_eq!(refused.errno(), errno::EIO, "{context}");
+        }
+    }
 }
 
 #[test]

@@ -35,6 +35,8 @@ pub struct Offer<'a> {
     pub tls: Option<&'a dyn Tls>,
     /// Whether nothing is said without it.
     pub tls_required: bool,
+    /// Told the name of an export before it is opened to be entered, and nothing where it is not entered.
+    pub entering: &'a dyn Fn(Option<&str>),
 }
 
 /// What was agreed on.
@@ -197,7 +199,8 @@ impl Handshake<'_> {
             }
             option::LIST => self.list()?,
             option::STARTTLS => return self.start_tls(),
-            option::INFO | option::GO => self.info(option, data),
+            option::INFO => self.info(option, data),
+            option::GO => self.info(option, data).inspect_err(|_| (self.offer.entering)(None)),
             option::STRUCTURED_REPLY => match self.style {
                 Style::Simple => self.agree(option, Style::Structured),
                 Style::Structured => refused(reply::ERR_INVALID, "structured replies are negotiated already"),
@@ -248,6 +251,9 @@ impl Handshake<'_> {
 
     fn info(&mut self, option: u32, data: &[u8]) -> Answer {
         let request = InfoRequest::decode(data)?;
+        if option == option::GO {
+            (self.offer.entering)(Some(request.name));
+        }
         let export = self.open(request.name)?;
         let flags = self.flags(&*export);
         put_info_export(&mut self.out, option, export.size(), flags);
@@ -270,6 +276,7 @@ impl Handshake<'_> {
             return Err(broken("NBD_OPT_EXPORT_NAME without TLS"));
         }
         let name = string(data).map_err(|_| broken("an export's name is no string"))?;
+        (self.offer.entering)(Some(name));
         let export = self.offer.exports.open(name)?;
         let flags = self.flags(&*export);
         put_export_name(&mut self.out, export.size(), flags, !self.no_zeroes);

@@ -1,6 +1,6 @@
 //! What all connections of a server share: memory, threads, and the word that it stops.
 
-use super::memory::{MEMORY_MAX_BYTES, Memory};
+use super::memory::Memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -16,16 +16,20 @@ pub const POOL_THREADS: usize = 128;
 pub struct House {
     /// Memory for data of requests.
     pub memory: Arc<Memory>,
+    /// Most threads of one connection.
+    pub connection_threads: usize,
     stopping: AtomicBool,
     borrowed: AtomicUsize,
     borrowed_by_views: AtomicUsize,
 }
 
 impl House {
-    /// Nobody is in it yet.
-    pub fn new() -> Arc<House> {
+    /// For so much memory ([`super::memory::MEMORY_MAX_BYTES`]) and so many threads of one connection
+    /// ([`CONNECTION_THREADS`]).
+    pub fn new(memory_bytes: usize, connection_threads: usize) -> Arc<House> {
         Arc::new(House {
-            memory: Memory::new(MEMORY_MAX_BYTES),
+            memory: Memory::new(memory_bytes),
+            connection_threads,
             stopping: AtomicBool::new(false),
             borrowed: AtomicUsize::new(0),
             borrowed_by_views: AtomicUsize::new(0),

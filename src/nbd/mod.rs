@@ -23,6 +23,8 @@ pub mod memory;
 pub mod proto;
 pub mod server;
 pub mod session;
+#[cfg(test)]
+mod tests;
 pub mod transport;
 mod work;
 

@@ -10,8 +10,9 @@
 
 use super::export::Exports;
 use super::handshake::{Offer, shake};
-use super::house::House;
+use super::house::{CONNECTION_THREADS, House};
 use super::listen::{Address, Listener};
+use super::memory::MEMORY_MAX_BYTES;
 use super::session::{Seen, Session};
 use super::transport::{Socket, Tls, Transport};
 use crate::error::{Error, Result};
@@ -82,9 +83,26 @@ struct Connection {
 }
 
 enum Phase {
-    Handshake,
-    Session { name: String, session: Arc<Session>, seen: Seen },
+    /// Up to the name of the export that is being entered.
+    Handshake(Option<String>),
+    Session {
+        name: String,
+        session: Arc<Session>,
+        seen: Seen,
+    },
+    /// It has left, or is to leave.
     Ended,
+}
+
+impl Phase {
+    /// The export that it has open, or opens.
+    fn export(&self) -> Option<&str> {
+        match self {
+            Phase::Handshake(name) => name.as_deref(),
+            Phase::Session { name, .. } => Some(name),
+            Phase::Ended => None,
+        }
+    }
 }
 
 impl Server {
@@ -103,7 +121,7 @@ impl Server {
             listeners,
             exports,
             options,
-            house: House::new(),
+            house: House::new(MEMORY_MAX_BYTES, CONNECTION_THREADS),
             connections: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -124,16 +142,27 @@ impl Server {
         self.shared.listeners.iter().filter_map(|listener| listener.address().ok()).collect()
     }
 
-    /// How many connections have an export open, by the name that their clients gave. A connection counts until the last
-    /// of its requests has come back from the export.
+    /// How many connections have an export open, or open it, by the name that their clients gave. A connection counts
+    /// until the last of its requests has come back from the export.
     pub fn connections(&self, export: &str) -> usize {
-        self.shared.sessions_of(|name| name == export).len()
+        let connections = self.shared.connections.lock();
+        connections.iter().filter(|connection| connection.phase.lock().export() == Some(export)).count()
     }
 
-    /// Ends all connections of an export without waiting for what is in flight.
+    /// Ends all connections of an export without waiting for what is in flight, also those that are just opening it: who
+    /// takes a name off its list and then calls this has none left that will take up requests.
     pub fn disconnect(&self, export: &str) {
-        for session in self.shared.sessions_of(|name| name == export) {
-            session.kill();
+        let connections = self.shared.connections.lock().clone();
+        for connection in connections {
+            let mut phase = connection.phase.lock();
+            if phase.export() != Some(export) {
+                continue;
+            }
+            connection.socket.shutdown();
+            match &*phase {
+                Phase::Session { session, .. } => session.kill(),
+                _ => *phase = Phase::Ended,
+            }
         }
     }
 
@@ -150,13 +179,22 @@ impl Server {
             let _ = thread.join();
         }
         let deadline = Instant::now() + STOP_TIME;
-        let sessions = shared.sessions_of(|_| true);
-        while sessions.iter().any(|session| session.in_flight() > 0) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(2));
+        let sessions = shared.sessions();
+        while sessions.iter().any(|session| session.is_busy()) && Instant::now() < deadline {
+            thread::sleep(TICK);
+            let connections = shared.connections.lock().clone();
+            for connection in &connections {
+                shared.look_at(connection, Instant::now(), true);
+            }
         }
+        for session in sessions.iter().filter(|session| !session.is_busy()) {
+            session.kill();
+        }
+        let all = shared.connections.lock().clone();
+        all.iter().for_each(|connection| connection.socket.shutdown());
         sessions.iter().for_each(|session| session.kill());
+        drop((all, sessions));
         let mut connections = shared.connections.lock();
-        connections.iter().for_each(|connection| connection.socket.shutdown());
         while !connections.is_empty() && !shared.changed.wait_until(&mut connections, deadline).timed_out() {}
         drop(connections);
         shared.listeners.iter().for_each(Listener::remove);
@@ -205,7 +243,7 @@ impl Shared {
     }
 
     fn admit(self: &Arc<Self>, socket: Socket, peer: String) -> Result<()> {
-        let (begun, phase) = (Instant::now(), Mutex::new(Phase::Handshake));
+        let (begun, phase) = (Instant::now(), Mutex::new(Phase::Handshake(None)));
         let connection = Arc::new(Connection { socket: Arc::new(socket), peer, begun, phase });
         self.connections.lock().push(connection.clone());
         self.changed.notify_all();
@@ -229,7 +267,14 @@ impl Shared {
     fn serve(self: &Arc<Self>, connection: &Connection) {
         let peer = &connection.peer;
         let tls = self.options.tls.as_deref();
-        let offer = Offer { exports: &*self.exports, tls, tls_required: self.options.tls_required };
+        let entering = |name: Option<&str>| {
+            let mut phase = connection.phase.lock();
+            if matches!(&*phase, Phase::Handshake(_)) {
+                *phase = Phase::Handshake(name.map(str::to_owned));
+            }
+        };
+        let tls_required = self.options.tls_required;
+        let offer = Offer { exports: &*self.exports, tls, tls_required, entering: &entering };
         let socket = connection.socket.clone();
         let agreed = match shake(socket.clone(), Some(socket), offer) {
             Ok(Some(agreed)) => agreed,
@@ -254,10 +299,10 @@ impl Shared {
         log::debug!("nbd: {peer}: export '{name}': left");
     }
 
-    fn sessions_of(&self, is_meant: impl Fn(&str) -> bool) -> Vec<Arc<Session>> {
+    fn sessions(&self) -> Vec<Arc<Session>> {
         let connections = self.connections.lock();
         let session = |connection: &Arc<Connection>| match &*connection.phase.lock() {
-            Phase::Session { name, session, .. } if is_meant(name) => Some(session.clone()),
+            Phase::Session { session, .. } => Some(session.clone()),
             _ => None,
         };
         connections.iter().filter_map(session).collect()
@@ -277,20 +322,20 @@ impl Shared {
             self.changed.wait_for(&mut connections, pause);
             let all = connections.clone();
             drop(connections);
-            let now = Instant::now();
+            let (now, wanted) = (Instant::now(), self.house.memory.is_wanted());
             for connection in all {
-                if self.look_at(&connection, now) {
+                if self.look_at(&connection, now, wanted) {
                     active_at = now;
                 }
             }
         }
     }
 
-    /// Whether it is at work.
-    fn look_at(&self, connection: &Connection, now: Instant) -> bool {
+    /// Whether it is at work; `wanted` where others wait for memory.
+    fn look_at(&self, connection: &Connection, now: Instant, wanted: bool) -> bool {
         let mut phase = connection.phase.lock();
         match &mut *phase {
-            Phase::Handshake => {
+            Phase::Handshake(_) => {
                 if now.duration_since(connection.begun) > HANDSHAKE_TIME {
                     log::debug!("nbd: {}: no handshake within 10 s", connection.peer);
                     connection.socket.shutdown();
@@ -299,16 +344,42 @@ impl Shared {
             }
             Phase::Session { name, session, seen } => {
                 let look = session.tick(seen, now);
-                let limit = if self.house.memory.is_wanted() { STUCK_TIME } else { SILENT_TIME };
+                let limit = if wanted { STUCK_TIME } else { SILENT_TIME };
                 if look.stuck.is_some_and(|since| since > limit) {
                     log::warn!("NBD server: {}: export '{name}': disconnected: it takes no data", connection.peer);
-                    session.kill();
-                    // Under TLS an orderly end may wait for the client.
+                    // First: under TLS an orderly end may wait for the client.
                     connection.socket.shutdown();
+                    session.kill();
                 }
                 look.active
             }
             Phase::Ended => false,
+        }
+    }
+}
+
+/// What tests ask for.
+#[cfg(test)]
+impl Server {
+    pub(super) fn memory_in_use(&self) -> usize {
+        self.shared.house.memory.used()
+    }
+
+    /// For how long a client of an export has kept memory without moving.
+    pub(super) fn stuck_for(&self, export: &str) -> Option<Duration> {
+        let connections = self.shared.connections.lock().clone();
+        connections.iter().find_map(|connection| match &*connection.phase.lock() {
+            Phase::Session { name, seen, .. } if name == export => seen.stuck_for(Instant::now()),
+            _ => None,
+        })
+    }
+
+    /// A look of the watch as if `later` had passed.
+    pub(super) fn watch_as_if_later(&self, later: Duration, wanted: bool) {
+        let connections = self.shared.connections.lock().clone();
+        for connection in connections {
+            self.shared.look_at(&connection, Instant::now(), wanted);
+            self.shared.look_at(&connection, Instant::now() + later, wanted);
         }
     }
 }

@@ -7,11 +7,13 @@
 //!   back sooner than a call would; where it does not, the server's watch calls (see [`Session::tick`]). This holds as
 //!   long as the connection may have another thread: see [`super::house`].
 //! * **Whole replies.** A reply or chunk is sent under [`Session::output`].
+//! * **Short replies travel together** where the next request is here already and the work is quick. They wait for no
+//!   client: whoever sends, or comes to read by a call of the watch, sends them; so does who leaves.
 //! * **The last one closes.** The transport ends when the last thread has left, so replies of what was begun go out.
 
 use super::export::{Context, Export};
 use super::handshake::Agreed;
-use super::house::{CONNECTION_THREADS, House, OWN_THREADS, Permit};
+use super::house::{House, OWN_THREADS, Permit};
 use super::input::Input;
 use super::memory::{Buffer, Share};
 use super::proto::requests::{EXTENDED_BYTES, Request, header_bytes};
@@ -27,7 +29,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Work that takes longer is worth a call: it costs about a tenth of that.
-const SLOW_NS: u64 = 50_000;
+const SLOW: Duration = Duration::from_micros(50);
+/// See [`Pace::score`].
+const SCORE_MAX: u32 = 16;
+/// Longest data of a reply that may travel with others, and most bytes of replies that do.
+const SHORT_BYTES: usize = 8 << 10;
+/// See [`SHORT_BYTES`].
+const WITHHELD_BYTES: usize = 32 << 10;
 /// So many requests after the last one that came beside another, calls end.
 const DEEP_REQUESTS: u32 = 32;
 /// Of slow requests of clients that seem to wait for each, one in so many is tried with a call.
@@ -47,8 +55,10 @@ pub struct Session {
     transport: Arc<dyn Transport>,
     /// Held by the reader.
     input: Mutex<Input>,
-    /// Held while a reply or chunk is sent.
-    output: Mutex<()>,
+    /// Held while a reply or chunk is sent. Whole short ones that are still to be sent.
+    output: Mutex<Vec<u8>>,
+    /// There are such.
+    withheld: AtomicBool,
     crew: Mutex<Crew>,
     /// Somebody in `crew` was called, has left, or all are to leave.
     changed: Condvar,
@@ -86,8 +96,8 @@ struct Signs {
 /// What was measured.
 #[derive(Default)]
 struct Pace {
-    /// Moving average.
-    work_ns: AtomicU64,
+    /// Of late, slow requests less quick ones, from 0 to [`SCORE_MAX`]: single ones that were preempted do not count.
+    score: AtomicU32,
     /// Counts down from [`DEEP_REQUESTS`].
     deep: AtomicU32,
 }
@@ -107,6 +117,13 @@ pub struct Seen {
     received: u64,
     sent: u64,
     stuck_since: Option<Instant>,
+}
+
+impl Seen {
+    /// For how long the client has kept memory without moving.
+    pub fn stuck_for(&self, now: Instant) -> Option<Duration> {
+        self.stuck_since.map(|since| now.saturating_duration_since(since))
+    }
 }
 
 /// What the watch finds.
@@ -144,7 +161,8 @@ impl Session {
             share,
             transport: input.transport().clone(),
             input: Mutex::new(input),
-            output: Mutex::new(()),
+            output: Mutex::default(),
+            withheld: AtomicBool::new(false),
             crew: Mutex::new(Crew { threads: 1, own: 1, ..Crew::default() }),
             changed: Condvar::new(),
             over: AtomicBool::new(false),
@@ -163,6 +181,8 @@ impl Session {
             self.changed.wait(&mut crew);
         }
         drop(crew);
+        // It fails where the client is gone.
+        let _ = self.send_withheld();
         self.transport.shutdown();
     }
 
@@ -173,9 +193,9 @@ impl Session {
         self.transport.shutdown();
     }
 
-    /// Requests that are not answered yet.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::SeqCst)
+    /// Whether requests are not answered yet.
+    pub fn is_busy(&self) -> bool {
+        self.in_flight.load(Ordering::SeqCst) > 0 || self.withheld.load(Ordering::SeqCst)
     }
 
     /// Whether nobody waits for its results any more.
@@ -204,20 +224,24 @@ impl Session {
         let stuck = (receives && received == seen.received) || (sends && sent == seen.sent);
         let stuck_since = if stuck { seen.stuck_since.or(Some(now)) } else { None };
         *seen = Seen { requests, received, sent, stuck_since };
-        Look { active: active || self.in_flight() > 0, stuck: stuck_since.map(|since| now.duration_since(since)) }
+        Look { active: active || self.is_busy(), stuck: seen.stuck_for(now) }
     }
 
     /// `main` stays for as long as the session lives.
     fn work(self: &Arc<Self>, main: bool) {
         while !self.is_over() {
             let Some(mut input) = self.input.try_lock() else {
-                if self.wait_for_call(main) {
-                    continue;
+                if !self.wait_for_call(main) {
+                    return;
                 }
-                return;
+                // Who was to send it may hang.
+                if self.send_withheld().is_err() {
+                    self.kill();
+                }
+                continue;
             };
             self.signs.reading.store(true, Ordering::SeqCst);
-            let job = match self.receive(&mut input) {
+            let job = match self.next(&mut input) {
                 Ok(Some(job)) => job,
                 Ok(None) => return self.leave(),
                 Err(e) => {
@@ -229,20 +253,34 @@ impl Session {
             };
             let flight = Flight(&self.in_flight);
             let help = self.wants_help(&job, input.buffered());
+            let more = !help && !self.is_slow(&job.request) && self.has_next(&input);
             self.signs.reading.store(help, Ordering::SeqCst);
             drop(input);
             if help {
                 self.call();
             }
-            let begun = Instant::now();
-            self.perform_caught(&job);
-            self.note_pace(begun.elapsed());
+            self.perform_caught(&job, more);
             drop((job, flight));
         }
     }
 
-    fn perform_caught(&self, job: &Job) {
-        let work = AssertUnwindSafe(|| self.perform(job));
+    /// What waits to be sent goes out before anybody waits for the client, and where the one that kept it hangs.
+    fn next(&self, input: &mut Input) -> Result<Option<Job>> {
+        if self.withheld.load(Ordering::SeqCst) && !self.has_next(input) {
+            self.send_withheld().map_err(|e| Error::io("send", e))?;
+        }
+        self.receive(input)
+    }
+
+    /// Whether the next request is here with all its data.
+    fn has_next(&self, input: &Input) -> bool {
+        let (here, header) = (input.peek(), header_bytes(self.style));
+        let request = here.get(..header).and_then(|bytes| Request::decode(bytes, self.style));
+        request.is_some_and(|request| request.payload_len(self.style) <= (here.len() - header) as u64)
+    }
+
+    fn perform_caught(&self, job: &Job, more: bool) {
+        let work = AssertUnwindSafe(|| self.perform(job, more));
         match catch_unwind(work) {
             Ok(Ok(())) => (),
             Ok(Err(e)) => {
@@ -259,24 +297,30 @@ impl Session {
 
     /// Whether another thread is to read meanwhile.
     fn wants_help(&self, job: &Job, buffered: usize) -> bool {
-        let pace = &self.pace;
-        if buffered > 0 || self.in_flight() > 1 {
-            pace.deep.store(DEEP_REQUESTS, Ordering::Relaxed);
+        let deep = &self.pace.deep;
+        if buffered > 0 || self.in_flight.load(Ordering::SeqCst) > 1 {
+            deep.store(DEEP_REQUESTS, Ordering::Relaxed);
         } else {
             let less = |deep: u32| deep.checked_sub(1);
-            let _ = pace.deep.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            let _ = deep.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
         }
         let probe = self.signs.requests.load(Ordering::Relaxed).is_multiple_of(PROBE);
-        let request = &job.request;
-        let by_nature = request.command == command::FLUSH || request.has(command_flags::FUA);
-        let slow = by_nature || pace.work_ns.load(Ordering::Relaxed) > SLOW_NS;
-        slow && (probe || pace.deep.load(Ordering::Relaxed) > 0)
+        self.is_slow(&job.request) && (probe || deep.load(Ordering::Relaxed) > 0)
     }
 
-    fn note_pace(&self, took: Duration) {
-        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).min(1 << 30);
-        let old = self.pace.work_ns.load(Ordering::Relaxed);
-        self.pace.work_ns.store(old - old / 8 + took / 8, Ordering::Relaxed);
+    /// Whether a request will take long, as far as can be told.
+    fn is_slow(&self, request: &Request) -> bool {
+        let by_nature = request.command == command::FLUSH || request.has(command_flags::FUA);
+        by_nature || self.pace.score.load(Ordering::Relaxed) > SCORE_MAX / 2
+    }
+
+    /// Notes how long an export took.
+    pub(super) fn note_pace(&self, took: Duration) {
+        let old = self.pace.score.load(Ordering::Relaxed);
+        let new = if took > SLOW { (old + 1).min(SCORE_MAX) } else { old.saturating_sub(1) };
+        if new != old {
+            self.pace.score.store(new, Ordering::Relaxed);
+        }
     }
 
     /// Wakes a thread, or starts one, to read.
@@ -291,7 +335,7 @@ impl Session {
             self.changed.notify_one();
             return;
         }
-        if crew.threads >= CONNECTION_THREADS {
+        if crew.threads >= self.house.connection_threads {
             return self.signs.reading.store(false, Ordering::SeqCst);
         }
         let own = crew.own < OWN_THREADS;
@@ -372,18 +416,36 @@ impl Session {
         Ok(Job { request, data: Some(data), refusal: None })
     }
 
-    /// Sends a reply or chunk, whole.
-    pub(super) fn send(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
-        let _whole = self.output.lock();
+    /// Sends a reply or chunk, whole; `more` where it may wait for the next one.
+    pub(super) fn send(&self, head: &[u8], data: &[u8], more: bool) -> io::Result<()> {
+        let mut withheld = self.output.lock();
+        if more && data.len() <= SHORT_BYTES && withheld.len() < WITHHELD_BYTES && !self.house.is_stopping() {
+            withheld.extend_from_slice(head);
+            withheld.extend_from_slice(data);
+            self.withheld.store(true, Ordering::SeqCst);
+            return Ok(());
+        }
+        self.send_all(&mut withheld, head, data)
+    }
+
+    fn send_withheld(&self) -> io::Result<()> {
+        let mut withheld = self.output.lock();
+        if withheld.is_empty() { Ok(()) } else { self.send_all(&mut withheld, &[], &[]) }
+    }
+
+    /// Sends what was withheld, and what comes behind it.
+    fn send_all(&self, withheld: &mut Vec<u8>, head: &[u8], data: &[u8]) -> io::Result<()> {
         self.signs.sending.store(true, Ordering::Relaxed);
         let (first, mut rest) = data.split_at(data.len().min(PIECE_BYTES));
-        let mut sent = self.transport.send(&[IoSlice::new(head), IoSlice::new(first)]);
+        let mut sent = self.transport.send(&[IoSlice::new(withheld), IoSlice::new(head), IoSlice::new(first)]);
         while sent.is_ok() && !rest.is_empty() {
             self.signs.sent.fetch_add(1, Ordering::Relaxed);
             let (piece, later) = rest.split_at(rest.len().min(PIECE_BYTES));
             sent = self.transport.send(&[IoSlice::new(piece)]);
             rest = later;
         }
+        withheld.clear();
+        self.withheld.store(false, Ordering::SeqCst);
         self.signs.sent.fetch_add(1, Ordering::Relaxed);
         self.signs.sending.store(false, Ordering::Relaxed);
         sent

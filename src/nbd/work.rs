@@ -60,13 +60,14 @@ impl Session {
     }
 
     /// Carries a request out and answers it. An error is one of sending.
-    pub(super) fn perform(&self, job: &Job) -> io::Result<()> {
+    pub(super) fn perform(&self, job: &Job, more: bool) -> io::Result<()> {
         let request = &job.request;
         if let Some(refusal) = &job.refusal {
             return self.reply_error(request, refusal);
         }
+        let begun = Instant::now();
         let done = match request.command {
-            command::READ => return self.read(request),
+            command::READ => return self.read(request, more),
             command::BLOCK_STATUS => return self.block_status(request),
             command::WRITE => self.export.write(job.data.as_deref().unwrap_or_default(), request.offset),
             command::FLUSH => self.export.flush(),
@@ -74,10 +75,11 @@ impl Session {
             command::CACHE => self.pieces(request, CACHE_PIECE_BYTES, |offset, len| self.export.cache(offset, len)),
             _ => self.write_zeroes(request),
         };
+        self.note_pace(begun.elapsed());
         let writes = ![command::FLUSH, command::CACHE].contains(&request.command);
         let durable = writes && request.has(command_flags::FUA);
         match done.and_then(|()| if durable { self.export.flush() } else { Ok(()) }) {
-            Ok(()) => self.reply_done(request),
+            Ok(()) => self.reply_done(request, more),
             Err(e) => self.reply_error(request, &e),
         }
     }
@@ -112,19 +114,22 @@ impl Session {
         })
     }
 
-    fn read(&self, request: &Request) -> io::Result<()> {
+    fn read(&self, request: &Request, more: bool) -> io::Result<()> {
         if request.len == 0 {
-            return self.reply_done(request);
+            return self.reply_done(request, more);
         }
         let Some(mut data) = self.share.take(request.len as usize) else { return Ok(()) };
-        if let Err(e) = self.export.read(&mut data, request.offset) {
+        let begun = Instant::now();
+        let done = self.export.read(&mut data, request.offset);
+        self.note_pace(begun.elapsed());
+        if let Err(e) = done {
             return self.reply_error(request, &e);
         }
         let head = match self.style {
             Style::Simple => Head::simple(request, 0),
             style => Head::data(style, request, true, request.offset, request.len as u32),
         };
-        self.send(head.as_bytes(), &data)
+        self.send(head.as_bytes(), &data, more)
     }
 
     /// One chunk a context. Each may cover less than was asked for.
@@ -137,7 +142,7 @@ impl Session {
                 return self.reply_error(request, &e);
             }
             let head = Head::status(self.style, request, id == last, id as u32, &extents);
-            self.send(head.as_bytes(), extents.as_bytes())?;
+            self.send(head.as_bytes(), extents.as_bytes(), false)?;
         }
         Ok(())
     }
@@ -175,23 +180,23 @@ impl Session {
         Ok(())
     }
 
-    fn reply_done(&self, request: &Request) -> io::Result<()> {
+    fn reply_done(&self, request: &Request, more: bool) -> io::Result<()> {
         let head = match self.style {
             Style::Simple => Head::simple(request, 0),
             style => Head::none(style, request),
         };
-        self.send(head.as_bytes(), &[])
+        self.send(head.as_bytes(), &[], more)
     }
 
     fn reply_error(&self, request: &Request, e: &Error) -> io::Result<()> {
         log::debug!("nbd: {e}");
         let error = wire_error(e.errno());
         if self.style == Style::Simple {
-            return self.send(Head::simple(request, error).as_bytes(), &[]);
+            return self.send(Head::simple(request, error).as_bytes(), &[], false);
         }
         let text = e.to_string();
         let text = clip(&text);
-        self.send(Head::error(self.style, request, error, text).as_bytes(), text.as_bytes())
+        self.send(Head::error(self.style, request, error, text).as_bytes(), text.as_bytes(), false)
     }
 }
 

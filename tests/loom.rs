@@ -1,6 +1,6 @@
 //! The weak-memory side of I2 and I3, under loom: every schedule and every value that the C11 rules let a load see.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test --test loom`. Three parts:
+//! `RUSTFLAGS="--cfg loom" cargo test --no-default-features --test loom`. Three parts:
 //! * `protocol`: the rules alone, on a few cells, each with the mutants that break it. A mutant that no execution
 //!   exposes fails its test, so that the model is known to tell the rules from their absence.
 //! * `bits`: the summary above a bitmap's words, the product's and the rules alone.

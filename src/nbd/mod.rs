@@ -25,6 +25,7 @@ pub mod server;
 pub mod session;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 pub mod transport;
 mod work;
 

@@ -55,6 +55,8 @@ mod map_readers;
 mod maps;
 #[path = "blackbox/mounting.rs"]
 mod mounting;
+#[path = "blackbox/nbd.rs"]
+mod nbd;
 #[path = "blackbox/nbd_exports.rs"]
 mod nbd_exports;
 #[path = "blackbox/older_copies.rs"]

@@ -104,6 +104,9 @@ class Ours(Contender):
     """A mount of ours. The state of earlier mounts goes, so each one begins alike: nothing recorded, all regions armed,
     as behind a guest that has been writing for a while."""
 
+    # More options of the mount.
+    options = ()
+
     def __init__(self, setup, disks=None, snapshots=0):
         super().__init__(setup)
         self.disks = disks or [setup.disk]
@@ -114,7 +117,8 @@ class Ours(Contender):
     def start(self):
         self.forget()
         os.makedirs(self.mnt, exist_ok=True)
-        words = [self.setup.fleecefs, "mount", "--cache", "none" if self.setup.direct else "writeback"]
+        words = [self.setup.fleecefs, "mount", "--cache", "none" if self.setup.direct else "writeback",
+                 *self.options]
         for name, disk in zip(self.names, self.disks):
             kind = "qcow2" if disk.endswith(".qcow2") else "raw"
             words += ["--disk", f"name={name},file={disk},format={kind}"]
@@ -200,10 +204,18 @@ class Qemu(Contender):
             words += ["--blockdev", "driver=copy-before-write,node-name=cbw,file=disk,target=temp",
                       "--blockdev", "driver=snapshot-access,node-name=snap,file=cbw"]
             top = "cbw"
-        words += ["--export", f"type=fuse,id=live,node-name={top},mountpoint={self.live},writable=on"]
+        return words + self.exports(top)
+
+    def exports(self, top):
+        """What of its command line says what it serves."""
+        words = ["--export", f"type=fuse,id=live,node-name={top},mountpoint={self.live},writable=on"]
         if self.temp:
             words += ["--export", f"type=fuse,id=view,node-name=snap,mountpoint={self.view}"]
         return words
+
+    def is_ready(self):
+        """Whether it serves."""
+        return is_mounted(self.view if self.temp else self.live)
 
     def node(self, name, file, kind):
         """The two nodes of an image."""
@@ -224,8 +236,7 @@ class Qemu(Contender):
         words = [self.binary, *self.arguments()]
         self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log)
         self.pid = self.process.pid
-        last = self.view if self.temp else self.live
-        until("QEMU's export", lambda: self.process.poll() is not None or is_mounted(last))
+        until("QEMU's export", lambda: self.process.poll() is not None or self.is_ready())
         if self.process.poll() is not None:
             self.log.seek(0)
             raise Failed(f"{' '.join(words)}: {self.log.read()}")

@@ -2,8 +2,8 @@
 import statistics
 from dataclasses import replace
 
-from cases import all_cases
-from goals import all_goals, judge
+from catalogue import all_cases, all_goals
+from goals import judge
 
 
 def setups_of(records):

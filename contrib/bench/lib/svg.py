@@ -2,7 +2,7 @@
 import math
 from html import escape
 
-from goals import all_goals
+from catalogue import all_goals
 from report import heading, number
 
 WIDTH, LEFT, RIGHT, TOP, BAR, PITCH, GAP = 960, 400, 150, 64, 8, 11, 7

@@ -172,7 +172,10 @@ fn a_frozen_export_is_what_the_frozen_file_is_beside_a_guest() {
         beside_a_guest(&served, |guest| {
             let expected = two_points(&served, guest);
             let uri = served.uri("tuesday/vda");
-            for (name, flags) in [("one", &["--connections=1"][..]), ("four", &["--connections=4", "--requests=16"])] {
+            for (name, flags) in [
+                ("one", &["--connections=1"][..]),
+                ("four", &["--connections=4", "--requests=4", "--request-size=4194304"]),
+            ] {
                 let copy = rig.path(name);
                 ok(tool("nbdcopy").args(flags).arg(&uri).arg(&copy));
                 expected.check(&format!("{format}: nbdcopy"), &fs::read(copy).unwrap());
@@ -463,7 +466,7 @@ fn hostile_clients_cost_nobody_else_anything() {
     let served = Served::new(&rig, "raw");
     let config = json!({
         "socket": served.socket, "pid": served.mount.pid, "name": "vda", "live": served.mount.live("vda"),
-        "malformed": sized(500, 10_000), "idle": sized(100, 1000), "rss_mib": 400, "threads": 600,
+        "malformed": sized(500, 10_000), "idle": sized(100, 1000), "rss_mib": 400, "threads": sized(400, 1400),
     });
     let report = script(Path::new("python3"), "hostile.py", &config);
     if full() {

@@ -207,18 +207,18 @@ impl Link {
     }
 }
 
-/// The newest of `points` (oldest first) that holds the disk `uuid` as it was at a checkpoint that is known, with its chain;
-/// errors of newer ones on the way. One whose directory was renamed is none: what builds on it would not find it.
+/// The newest of `points` (oldest first) that holds the disk, by `is_it` of its identity, as it was at a checkpoint that is
+/// known, with its chain; errors of newer ones on the way. One whose directory was renamed is none: what builds on it would not find it.
 pub fn base_for(
     points: &[Point],
     disk: &str,
-    uuid: Uuid,
+    is_it: &dyn Fn(Uuid) -> bool,
     knows: &dyn Fn(Uuid) -> bool,
 ) -> (Option<Vec<Link>>, Vec<Error>) {
     let mut errors = Vec::new();
     for point in points.iter().rev() {
         let Ok(entry) = point.manifest.disk(disk) else { continue };
-        if entry.uuid != uuid || !knows(entry.checkpoint_uuid) {
+        if !is_it(entry.uuid) || !knows(entry.checkpoint_uuid) {
             continue;
         }
         if !point.in_place() {

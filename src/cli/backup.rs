@@ -237,7 +237,7 @@ impl BackupArgs {
         let points = chain::points(shelf.path())?.0;
         let wanted = |name: &str| settings.disks.is_empty() || settings.disks.iter().any(|disk| disk == name);
         let known = points.iter().rev().flat_map(|point| &point.manifest.disks).find_map(|entry| {
-            let here = status.disk_uuid(&entry.name) == Some(entry.uuid) && wanted(&entry.name);
+            let here = status.is_disk(&entry.name, entry.uuid) && wanted(&entry.name);
             here.then(|| status.checkpoint_name(&entry.name, entry.checkpoint_uuid)).flatten()
         });
         Ok(known)
@@ -261,9 +261,11 @@ impl BackupArgs {
         let dir = mount.path.join("snapshots").join(&manifest.point);
         let wanted = |name: &str| settings.disks.is_empty() || settings.disks.iter().any(|disk| disk == name);
         for disk in taken.disks.iter().filter(|disk| wanted(&disk.name)) {
-            let uuid = status.disk_uuid(&disk.name).unwrap_or(Uuid::nil());
-            let (base, full_reason) = match chosen_base(&status, settings, &points, disk, uuid, &dir)? {
+            let mut uuid = status.disk_uuid(&disk.name).unwrap_or(Uuid::nil());
+            let (base, full_reason) = match chosen_base(&status, settings, &points, disk, &dir)? {
                 Choice::Base(link) => {
+                    // One chain is of one disk, whatever mounts its points are of.
+                    uuid = link.entry.uuid;
                     (Some(BaseEntry { point: link.point.clone(), uuid: uuid_of(&points, &link) }), None)
                 }
                 Choice::Full(reason) => (None, reason),
@@ -403,9 +405,9 @@ fn chosen_base(
     settings: &Settings,
     points: &[Point],
     disk: &ManifestDisk,
-    uuid: Uuid,
     dir: &Path,
 ) -> Result<Choice> {
+    let is_it = |uuid| status.is_disk(&disk.name, uuid);
     let full = |reason: String| Ok(Choice::Full(Some(reason)));
     if settings.full {
         return Ok(Choice::Full(None));
@@ -416,7 +418,7 @@ fn chosen_base(
                 Ok(point) => point,
                 Err(reason) => return full(reason),
             };
-            let (links, errors) = chain::base_for(points, &disk.name, uuid, &|known| known == checkpoint);
+            let (links, errors) = chain::base_for(points, &disk.name, &is_it, &|known| known == checkpoint);
             if links.is_none() && errors.is_empty() {
                 return full(format!("no point is there of checkpoint '{name}', at which consumer '{consumer}' is"));
             }
@@ -424,7 +426,7 @@ fn chosen_base(
         }
         None => {
             let known = |checkpoint| status.checkpoint_name(&disk.name, checkpoint).is_some();
-            let (links, errors) = chain::base_for(points, &disk.name, uuid, &known);
+            let (links, errors) = chain::base_for(points, &disk.name, &is_it, &known);
             let any = points.iter().any(|point| point.manifest.disk(&disk.name).is_ok());
             if links.is_none() && errors.is_empty() {
                 let reason = any.then(|| "the mount knows the checkpoint of no point that is there".to_owned());

@@ -92,6 +92,8 @@ pub(super) struct Status {
 struct StatusDisk {
     name: String,
     uuid: Uuid,
+    #[serde(default)]
+    identities: Vec<Uuid>,
 }
 
 #[derive(Deserialize)]
@@ -225,9 +227,14 @@ impl Status {
         self.disks.iter().map(|row| row.uuid).collect()
     }
 
-    /// Whether there is a disk of this identity.
+    /// Whether there is a disk of this identity, here or on a mount from which a checkpoint was imported.
     pub(super) fn has_disk(&self, uuid: Uuid) -> bool {
-        self.disks.iter().any(|row| row.uuid == uuid)
+        self.disks.iter().any(|row| row.uuid == uuid || row.identities.contains(&uuid))
+    }
+
+    /// Whether the disk of this name has that identity, or had it there.
+    pub(super) fn is_disk(&self, disk: &str, uuid: Uuid) -> bool {
+        self.disks.iter().any(|row| row.name == disk && (row.uuid == uuid || row.identities.contains(&uuid)))
     }
 
     /// Whether a checkpoint has this name.

@@ -90,10 +90,19 @@ struct Live {
 struct StatusDisk {
     name: String,
     uuid: Uuid,
+    #[serde(default)]
+    identities: Vec<Uuid>,
     image: PathBuf,
     size: u64,
     read_only: bool,
     opens: u64,
+}
+
+impl StatusDisk {
+    /// Whether it has this identity, or had it on a mount from which a checkpoint was imported.
+    fn is(&self, uuid: Uuid) -> bool {
+        self.uuid == uuid || self.identities.contains(&uuid)
+    }
 }
 
 /// What is restored.
@@ -310,16 +319,16 @@ impl RestoreArgs {
     /// What may have changed of the target since the point, where its checkpoints know that; None: anything.
     fn changed_since(&self, live: &Live, wanted: &Wanted, place: &Place) -> Result<Option<Vec<Range<u64>>>> {
         let top_of = |disk: &StatusDisk| {
-            wanted.chains.iter().filter_map(|links| links.first()).find(|top| top.entry.uuid == disk.uuid)
+            wanted.chains.iter().filter_map(|links| links.first()).find(|top| disk.is(top.entry.uuid))
         };
         let (Place::Volume(_, there), Some(before)) = (place, &wanted.volume) else {
             let (Some(disk), [links]) = (live.disk(), wanted.chains.as_slice()) else { return Ok(None) };
-            let top = links.first().filter(|top| top.entry.uuid == disk.uuid);
+            let top = links.first().filter(|top| disk.is(top.entry.uuid));
             return live.changed_since(disk, top);
         };
         // What did not change on a disk is what the volume had there only where the volume lies as it lay, on the same disks.
-        let order = |links: &Vec<Link>| links.first().map(|top| top.entry.uuid);
-        let same_disks = live.disks.iter().map(|disk| Some(disk.uuid)).eq(wanted.chains.iter().map(order));
+        let is_of = |(disk, links): (&StatusDisk, &Vec<Link>)| links.first().is_some_and(|top| disk.is(top.entry.uuid));
+        let same_disks = live.disks.len() == wanted.chains.len() && live.disks.iter().zip(&wanted.chains).all(is_of);
         if there.segments != before.segments || !same_disks {
             complain("fleecefs: the volume, or a disk, lies elsewhere now: all of the volume is compared");
             return Ok(None);

@@ -53,6 +53,8 @@ struct Note {
     time_ns: i64,
     completed: bool,
     disk: String,
+    /// Of the disk, in all mounts that its checkpoints have been in.
+    identities: Vec<Uuid>,
     size: u64,
     /// What the disk held at the instant up to which the bits go; see [`digest`].
     content_sha256: String,
@@ -109,6 +111,7 @@ impl Fleece {
             time_ns: entry.time_ns,
             completed: entry.completed,
             disk: disk.name().to_owned(),
+            identities: disk.identities(),
             size: frozen.view().size(),
             content_sha256: digest(frozen.view(), &there)?,
             bits_sha256: sha256_of(bits.bits().words()),
@@ -269,9 +272,20 @@ impl Fleece {
                 state: CheckpointState::Sealed,
             };
             directory.checkpoints.insert(index, entry);
+            let new = |uuid: &&Uuid| !directory.identities.contains(uuid) && **uuid != directory.disk;
+            let new: Vec<Uuid> = note.identities.iter().filter(new).copied().collect();
+            directory.identities.extend(new);
             Ok(())
         });
         put.inspect_err(|_| tracking.abandon(&sealed))
+    }
+}
+
+impl Disk {
+    /// What this mount and others call the disk: points of backups are known by that.
+    fn identities(&self) -> Vec<Uuid> {
+        let directory = self.tracking.directory();
+        std::iter::once(directory.disk).chain(directory.identities.iter().copied()).collect()
     }
 }
 

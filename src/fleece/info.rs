@@ -58,6 +58,9 @@ pub struct DiskInfo {
     pub name: String,
     /// The identity.
     pub uuid: Uuid,
+    /// What other mounts called it, from which checkpoints were imported.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub identities: Vec<Uuid>,
     /// The image's file.
     pub image: PathBuf,
     /// The image's format.
@@ -236,6 +239,7 @@ impl Fleece {
         let info = |disk: std::sync::Arc<super::Disk>| DiskInfo {
             name: disk.name().to_owned(),
             uuid: disk.uuid(),
+            identities: disk.tracking.directory().identities.clone(),
             image: disk.image_path().to_owned(),
             format: disk.format().to_string(),
             snapshot: disk.internal_snapshot().map(str::to_owned),

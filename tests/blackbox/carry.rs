@@ -118,3 +118,59 @@ fn qemu_reads_what_was_exported_and_goes_on_with_what_was_imported() {
     assert_eq!(since(&mount, "vda", "monday"), [3, 7, 10]);
     mount.umount();
 }
+
+/// A chain of `fleecefs backup` that began on one mount goes on on another, and a live disk there goes back to its points.
+#[test]
+fn backups_go_on_where_the_checkpoint_of_their_newest_point_was_imported() {
+    requires!();
+    for format in ["raw", "qcow2"] {
+        let rig = Rig::new();
+        let image = rig.image("vda", 4);
+        let mount = rig.mount([&image]);
+        let dir = rig.path("backup");
+        let backup = |mount: &Mount, name: &str, more: &str| {
+            let mut all = args!["--to", &dir, "--name", name, "--format", format, "--json"];
+            all.extend(more.split_whitespace().map(Into::into));
+            serde_json::from_str::<Value>(&mount.done("backup", all)).unwrap()["disks"][0].clone()
+        };
+        backup(&mount, "a", "");
+        touch(&mount, "vda", &[3]);
+        assert_eq!(backup(&mount, "b", "")["base"]["point"], "a");
+        touch(&mount, "vda", &[7]);
+        let file = rig.path("b.qcow2");
+        mount.done("checkpoint export", args!["b", &file]);
+        // It goes on on the first mount too: its points are none of the other's.
+        assert_eq!(backup(&mount, "c", "")["changed_bytes"], GRANULE);
+        mount.umount();
+
+        let copy = &copies(&rig, &[&image])[0];
+        let mount = Mount::at(rig.mount_point("there"), [copy]);
+        let out = mount.run("backup", args!["--to", &dir, "--name", "full", "--format", format]);
+        refused(&out, 3, &["the checkpoint of no point"]);
+        mount.done("checkpoint delete", ["full"]);
+        fs::remove_dir_all(dir.join("full")).unwrap();
+        mount.done("checkpoint import", args![&file]);
+        touch(&mount, "vda", &[9]);
+        mount.done("consumer set", ["daily", "b"]);
+        let next = backup(&mount, "d", "--consumer daily");
+        assert_eq!((&next["base"]["point"], &next["changed_bytes"]), (&"b".into(), &(2 * GRANULE).into()), "{next}");
+        touch(&mount, "vda", &[1]);
+        let then = fs::read(mount.live("vda")).unwrap();
+        let next = backup(&mount, "e", "--consumer daily");
+        assert_eq!((&next["base"]["point"], &next["changed_bytes"]), (&"d".into(), &GRANULE.into()), "{next}");
+        let restored = |point: &str, target: &Path| {
+            let out =
+                fleecefs(args!["restore", dir.join(point), "--to", target, "--changed-only", "--verify", "--json"]);
+            assert_eq!(out.status.code(), Some(0), "{point}: {}", stderr(&out));
+            serde_json::from_str::<Value>(&stdout(&out)).unwrap()
+        };
+        restored("e", &rig.path("out"));
+        assert!(fs::read(rig.path("out")).unwrap() == then, "{format}");
+        // What changed since the point of the other mount is known here.
+        let report = restored("b", &mount.live("vda"));
+        assert!(report["chain_read"].as_u64().unwrap() <= 4 * GRANULE, "{report}");
+        restored("b", &rig.path("b.out"));
+        assert!(fs::read(rig.path("b.out")).unwrap() == fs::read(mount.live("vda")).unwrap(), "{format}");
+        mount.umount();
+    }
+}

@@ -21,6 +21,9 @@ use uuid::Uuid;
 pub struct Directory {
     /// The disk that the file belongs to for life.
     pub disk: Uuid,
+    /// What other mounts called it, from which checkpoints were imported.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub identities: Vec<Uuid>,
     /// Size of the disk in bytes.
     pub size: u64,
     /// Oldest first; the last one records.
@@ -307,6 +310,7 @@ impl Directory {
     pub fn new(disk: Uuid, size: u64) -> Self {
         Directory {
             disk,
+            identities: Vec::new(),
             size,
             checkpoints: Vec::new(),
             bitmaps: Vec::new(),

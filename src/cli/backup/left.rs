@@ -25,18 +25,18 @@ fn taken(mount: &Mount, name: &str) -> Result<Option<Taken>> {
     }
 }
 
-/// Whether a point is of this mount: one of its disks is there.
+/// Whether a point is of this mount: one of its disks is there, and it was begun here and not where a checkpoint of that disk
+/// was imported from.
 fn is_ours(status: &Status, draft: &Draft) -> bool {
     let disks = &draft.manifest.disks;
-    match disks.is_empty() {
-        true => draft.mount_disks.iter().any(|uuid| status.has_disk(*uuid)),
-        false => disks.iter().any(|disk| status.has_disk(disk.uuid)),
-    }
+    let here = status.disk_uuids();
+    draft.mount_disks.iter().any(|uuid| here.contains(uuid))
+        && (disks.is_empty() || disks.iter().any(|disk| status.has_disk(disk.uuid)))
 }
 
 /// The first disk of a point that the mount does not have any more, under the name that it had.
 fn missing<'a>(status: &Status, manifest: &'a Manifest) -> Option<&'a str> {
-    let gone = manifest.disks.iter().find(|disk| status.disk_uuid(&disk.name) != Some(disk.uuid));
+    let gone = manifest.disks.iter().find(|disk| !status.is_disk(&disk.name, disk.uuid));
     gone.map(|disk| disk.name.as_str())
 }
 

@@ -325,6 +325,7 @@ fn any_directory() -> impl Strategy<Value = Directory> {
         .prop_map(|(mark, backing, checkpoints)| InImage { mark, backing, checkpoints });
     (lists, option(prepared), any::<u64>(), in_image).prop_map(
         |((checkpoints, bitmaps, consumers, layers, committed), prepared, next_layer, in_image)| Directory {
+            identities: committed.clone(),
             checkpoints,
             bitmaps,
             in_image,

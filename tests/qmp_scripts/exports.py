@@ -1,7 +1,9 @@
 """NBD's server and exports. Disks: a, q; r is added, read-only. `dir` has the image r.raw, and room for a socket."""
 
+import json
 import socket
 import struct
+import subprocess
 
 from peer import run
 
@@ -46,6 +48,22 @@ def export(id, node, **more):
 
 def of(node, name):
     return {"node": node, "name": name}
+
+
+def output(*words):
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    if done.returncode or "failed" in done.stdout + done.stderr:
+        raise SystemExit(f"{words}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def extents(path, name, context=None):
+    """What `qemu-img map` makes of a context; without one of what is allocated."""
+    options = f"driver=nbd,export={name},server.type=unix,server.path={path}"
+    if context:
+        options += f",x-dirty-bitmap={context}"
+    rows = json.loads(output("qemu-img", "map", "--output=json", "--image-opts", options))
+    return [[row["start"], row["length"], row["data"], row["zero"]] for row in rows]
 
 
 async def main(peer):
@@ -97,6 +115,14 @@ async def main(peer):
         await peer.ask("block-export-add", arguments)
     await peer.ask("query-block-exports")
     await peer.show_bitmaps("a", "q", "r")
+    # A bitmap that records goes on, and what is shown with it.
+    uri = f"nbd+unix:///q?socket={path}"
+    for commands in (["write -P 1 1M 128k", "write -P 2 60M 64k"], ["write -z 2M 128k", "discard 1M 64k", "write -f 8M 64k"]):
+        output("qemu-io", "-f", "raw", uri, *(word for command in commands for word in ("-c", command)))
+        peer.show("dirty", extents(path, "q", "qemu:dirty-bitmap:q"))
+        peer.show("allocated", extents(path, "q"))
+        peer.show("dirty elsewhere", extents(path, "a", "qemu:dirty-bitmap:on"))
+        await peer.show_bitmaps("q")
     for verb in ("clear", "remove", "enable", "disable"):
         await peer.ask(f"block-dirty-bitmap-{verb}", of("a", "on"))
     await peer.ask("block-dirty-bitmap-merge", {"node": "a", "target": "off", "bitmaps": ["on"]})

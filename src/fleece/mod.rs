@@ -82,7 +82,7 @@ pub use info::{
 pub use map::{Changes, ViewMap};
 pub use place::{Environment, Place, state_dir};
 pub use scan::{FrozenVolumes, LiveVolumes};
-pub use shown::ShownBitmap;
+pub use shown::{BitmapState, ShownBitmap};
 pub use skip::Skip;
 pub use snapshot::{Snapshot, SnapshotRequest};
 pub use view::{Point, View};

@@ -10,7 +10,7 @@ use super::batch::{Action, BitmapRef, Refused};
 use super::disk::Disk;
 use super::fleece::{Fleece, Reaper};
 use super::hold::Held;
-use crate::bitmap::{DirtyBitmap, UserBitmap};
+use crate::bitmap::{CheckpointState, DirtyBitmap, UserBitmap, UserBitmapState};
 use crate::error::Result;
 use std::sync::Arc;
 
@@ -19,6 +19,21 @@ use std::sync::Arc;
 pub struct ShownBitmap {
     held: Arc<Held>,
     reaper: Reaper,
+}
+
+/// What is known of a bitmap without looking at its bits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapState {
+    /// The name.
+    pub name: String,
+    /// Whether writes are marked in it.
+    pub recording: bool,
+    /// Whether somebody holds it, or is shown it.
+    pub busy: bool,
+    /// Whether its bits are lost.
+    pub inconsistent: bool,
+    /// Whether a checkpoint owns it.
+    pub checkpoint: bool,
 }
 
 impl ShownBitmap {
@@ -45,6 +60,27 @@ impl Drop for ShownBitmap {
 }
 
 impl Fleece {
+    /// The bitmaps of a disk, without the I/O that [`Fleece::bitmaps`] may need for their counts. None for an unknown disk.
+    pub fn bitmap_states(&self, disk: &str) -> Vec<BitmapState> {
+        let Ok(disk) = self.disk(disk) else { return Vec::new() };
+        let directory = disk.tracking.directory();
+        let users = directory.bitmaps.iter().map(|user| BitmapState {
+            name: user.name.clone(),
+            recording: user.state == UserBitmapState::Recording,
+            busy: disk.holds.held(&user.name).is_some(),
+            inconsistent: user.state == UserBitmapState::Inconsistent,
+            checkpoint: false,
+        });
+        let owned = directory.checkpoints.iter().map(|entry| BitmapState {
+            name: entry.name.clone(),
+            recording: entry.state == CheckpointState::Recording,
+            busy: false,
+            inconsistent: false,
+            checkpoint: true,
+        });
+        users.chain(owned).collect()
+    }
+
     /// Makes a user's bitmap busy and gives its bits. Refused in QEMU's words where it is not there, is busy, is
     /// inconsistent, or belongs to a checkpoint.
     pub fn show_bitmap(&self, bitmap: &BitmapRef) -> std::result::Result<ShownBitmap, Refused> {

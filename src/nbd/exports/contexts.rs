@@ -85,9 +85,7 @@ impl Contexts {
         if let (Source::View(view), Some((_, point))) =
             (&self.source, self.points().into_iter().find(|(point, _)| point == name))
         {
-            let changes = view.view().changes(Some(point));
-            let changes = changes.inspect_err(|e| log::warn!("changes since '{}': {e}", name.escape_debug())).ok()?;
-            return Some(Arc::new(Since { changes, _view: view.clone() }));
+            return Some(Arc::new(Since { view: view.clone(), point, changes: Mutex::default() }));
         }
         let shown = match &self.bitmaps {
             Bitmaps::Given(given, _) => given.iter().find(|(other, _)| other == name).map(|(_, shown)| shown.clone()),
@@ -134,12 +132,11 @@ impl SharedBitmaps {
             let key = (disk.to_owned(), name.to_owned());
             shown.get(&key).is_some_and(|shown| shown.strong_count() > 0)
         };
-        let infos = fleece.bitmaps(disk).unwrap_or_default();
-        let fits = infos.into_iter().filter(|info| {
-            let is_users = !info.checkpoint && !info.inconsistent;
-            is_users && (is_live || !info.recording) && (!info.busy || is_shown(&info.name))
+        let fits = fleece.bitmap_states(disk).into_iter().filter(|state| {
+            let is_users = !state.checkpoint && !state.inconsistent;
+            is_users && (is_live || !state.recording) && (!state.busy || is_shown(&state.name))
         });
-        fits.map(|info| info.name).collect()
+        fits.map(|state| state.name).collect()
     }
 
     fn show(&self, fleece: &Fleece, disk: &str, name: &str, is_live: bool) -> Option<Arc<ShownBitmap>> {
@@ -204,9 +201,22 @@ impl Context for Depth {
 }
 
 struct Since {
-    changes: Changes,
-    /// As long as somebody may ask, the view is there.
-    _view: Arc<OpenView>,
+    view: Arc<OpenView>,
+    point: Uuid,
+    /// Put together at the first question: a client may ask for many contexts and use one.
+    changes: Mutex<Option<Arc<Changes>>>,
+}
+
+impl Since {
+    fn changes(&self) -> Result<Arc<Changes>> {
+        let mut changes = self.changes.lock();
+        if let Some(known) = &*changes {
+            return Ok(known.clone());
+        }
+        let made = Arc::new(self.view.view().changes(Some(self.point))?);
+        *changes = Some(made.clone());
+        Ok(made)
+    }
 }
 
 fn dirty_run((is_dirty, run): (bool, u64), len: u64) -> Run {
@@ -215,7 +225,7 @@ fn dirty_run((is_dirty, run): (bool, u64), len: u64) -> Run {
 
 impl Context for Since {
     fn run(&self, offset: u64, len: u64) -> Result<Run> {
-        Ok(dirty_run(self.changes.dirty_run(offset, len), len))
+        Ok(dirty_run(self.changes()?.dirty_run(offset, len), len))
     }
 }
 

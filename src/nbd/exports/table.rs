@@ -231,8 +231,7 @@ impl ExportTable {
 
     /// The name of a bitmap of `disk` that there is.
     fn check_bitmap(&self, spec: &ExportSpec, disk: &str, bitmap: &BitmapName) -> Checked<String> {
-        let find =
-            |name: &str| self.fleece.bitmaps(disk).unwrap_or_default().into_iter().find(|info| info.name == name);
+        let find = |name: &str| self.fleece.bitmap_states(disk).into_iter().find(|state| state.name == name);
         match bitmap {
             BitmapName::Own(name) => {
                 let found =
@@ -260,8 +259,8 @@ impl ExportTable {
 
     /// A checkpoint's own bitmap has what changed until the next one, and no later.
     fn check_no_checkpoint(&self, disk: &str, name: &str) -> Checked<()> {
-        let infos = self.fleece.bitmaps(disk).unwrap_or_default();
-        if !infos.iter().any(|info| info.name == name && info.checkpoint) {
+        let states = self.fleece.bitmap_states(disk);
+        if !states.iter().any(|state| state.name == name && state.checkpoint) {
             return Ok(());
         }
         let text = format!("Bitmap '{name}' belongs to checkpoint '{name}' and cannot be exported");

@@ -19,11 +19,13 @@
 mod images;
 mod logging;
 mod nbd;
+mod nbd_tls;
 mod own_mount;
 
 pub use images::{absolute, check_images};
 pub use logging::to_syslog as log_to_syslog;
 pub use nbd::{Nbd, NbdPlan};
+pub use nbd_tls::{TlsMode, TlsPlan};
 pub use own_mount::OwnMount;
 
 use crate::backup::jobs::Jobs;
@@ -31,7 +33,6 @@ use crate::error::{Error, Result, errno};
 use crate::fleece::{Action, Applied, Disk, DiskSpec, Fleece, Options, Refused, Snapshot, SnapshotRequest};
 use crate::fuse::control::Control;
 use crate::fuse::session::{self, MountOptions, Mounted};
-use crate::nbd::listen::Listener as NbdListener;
 use crate::qmp::{Events, ExportHost, Host, Listener, Nodes, Server};
 use crate::storage::process;
 use sd_notify::NotifyState;
@@ -212,7 +213,7 @@ impl Served {
         plan: &Plan,
         fleece: &Arc<Fleece>,
         events: &Arc<Events>,
-        sockets: Vec<NbdListener>,
+        sockets: Vec<nbd::Sockets>,
         ends: Sender<End>,
     ) -> Result<Served> {
         let listener = Listener::bind(&socket_path(plan, fleece)?)?;

@@ -59,6 +59,9 @@ mod mounting;
 mod nbd;
 #[path = "blackbox/nbd_exports.rs"]
 mod nbd_exports;
+#[cfg(feature = "tls")]
+#[path = "blackbox/nbd_tls.rs"]
+mod nbd_tls;
 #[path = "blackbox/older_copies.rs"]
 mod older_copies;
 #[path = "blackbox/pace.rs"]

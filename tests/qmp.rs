@@ -6,6 +6,9 @@ mod bitmaps;
 mod exports;
 #[path = "qmp/jobs.rs"]
 mod jobs;
+#[cfg(feature = "tls")]
+#[path = "qmp/objects.rs"]
+mod objects;
 #[path = "qmp/push.rs"]
 mod push;
 

@@ -18,6 +18,7 @@ mod local;
 mod manual;
 mod map;
 mod mount;
+mod nbd;
 mod output;
 mod progress;
 mod restore;

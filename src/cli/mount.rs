@@ -1,6 +1,7 @@
 //! `fleecefs mount`: parses and checks everything before anything is touched.
 
 use super::Exit;
+use super::nbd::NbdTlsArgs;
 use super::spec::{block_devices_by_name, format_by_name, l2_cache_size, parse_disk_option, parse_image};
 use crate::daemon::{self, NbdPlan, OwnMount, Plan, absolute};
 use crate::error::{Error, Result, errno};
@@ -101,6 +102,8 @@ pub struct MountArgs {
     /// Serve all disks and snapshots by NBD: unix:PATH, or tcp:HOST:PORT; may be given several times
     #[arg(long, value_name = "ADDR")]
     nbd: Vec<Address>,
+    #[command(flatten)]
+    nbd_tls: NbdTlsArgs,
     /// Where to write the process id
     #[arg(long, value_name = "PATH")]
     pidfile: Option<PathBuf>,
@@ -221,7 +224,7 @@ impl MountArgs {
             Address::Tcp { .. } => Ok(address.clone()),
         };
         let addresses = self.nbd.iter().map(outside).collect::<Result<_>>()?;
-        let plan = NbdPlan { addresses, plain_tcp: false };
+        let plan = NbdPlan { addresses, tls: self.nbd_tls.plan(own_mount)? };
         plan.check()?;
         Ok(plan)
     }

@@ -57,6 +57,8 @@ struct Disk {
 #[derive(Deserialize)]
 struct NbdServer {
     by: String,
+    #[serde(default)]
+    tls: String,
     addresses: Vec<String>,
     exports: Vec<NbdExport>,
 }
@@ -137,7 +139,12 @@ fn nbd_line(server: &NbdServer) -> String {
     let clients: usize = server.exports.iter().map(|export| export.connections).sum();
     let (by, count) = (if server.by == "qmp" { " (nbd-server-start)" } else { "" }, server.exports.len());
     let addresses = printable(&server.addresses.join(", "));
-    format!("nbd: {addresses}{by}, {count} export(s), {clients} client(s)")
+    let tls = match server.tls.as_str() {
+        "require" => ", TLS",
+        "allow" => ", TLS or not",
+        _ => "",
+    };
+    format!("nbd: {addresses}{by}{tls}, {count} export(s), {clients} client(s)")
 }
 
 /// One line a volume, and one for what a disk is itself.

@@ -30,6 +30,29 @@ pub struct ServerRequest {
     pub max_connections: u32,
 }
 
+/// An `object-add` of TLS credentials.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsObject {
+    /// Where the files are.
+    pub dir: PathBuf,
+    /// Which files.
+    pub kind: TlsKind,
+}
+
+/// Kinds of credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsKind {
+    /// `tls-creds-x509`.
+    X509 {
+        /// Clients must show a certificate.
+        verify_peer: bool,
+        /// The server's own certificate is checked.
+        check: bool,
+    },
+    /// `tls-creds-psk`.
+    Psk,
+}
+
 /// A bitmap of an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExportBitmap {
@@ -84,6 +107,10 @@ pub trait ExportHost: Send + Sync {
     fn add(&self, request: &ExportRequest) -> Result<(), Refused>;
     /// Takes one away; `hard` though it has clients.
     fn remove(&self, id: &str, hard: bool) -> Result<(), Refused>;
+    /// Reads credentials and gives them a name.
+    fn add_credentials(&self, id: &str, object: &TlsObject) -> Result<(), Refused>;
+    /// Forgets a name; whether there was one. A server that was started with it keeps them.
+    fn remove_credentials(&self, id: &str) -> bool;
     /// The exports, newest first.
     fn list(&self) -> Vec<ExportRow>;
 }

@@ -13,7 +13,7 @@ impl Fixture {
 }
 
 /// What a command gives: the `return` or the text of the error. Events are passed over.
-fn run(c: &mut Raw, command: &str, arguments: &Value) -> Value {
+pub fn run(c: &mut Raw, command: &str, arguments: &Value) -> Value {
     c.send(&json!({ "execute": command, "arguments": arguments }).to_string());
     loop {
         let reply = c.receive();

@@ -66,6 +66,21 @@ def extents(path, name, context=None):
     return [[row["start"], row["length"], row["data"], row["zero"]] for row in rows]
 
 
+async def objects(peer):
+    """TLS credentials. Without `dir` there are none; what needs some is tested with clients."""
+    psk = {"qom-type": "tls-creds-psk", "id": "t", "dir": "/no/such", "endpoint": "server"}
+    for more in [
+        {}, {"qom-type": "zoo"}, {"id": "1"}, {"id": ""}, {"id": "a b"}, {"dir": 1}, {"endpoint": "zoo"}, {"zoo": 1},
+        {"verify-peer": 1}, {"sanity-check": True}, {"passwordid": "x"}, {"qom-type": "tls-creds-x509"},
+        {"qom-type": "tls-creds-x509", "username": "x"}, {"qom-type": "tls-creds-x509", "sanity-check": 1},
+    ]:
+        await peer.ask("object-add", psk | more)
+    for absent in ("qom-type", "id", "dir"):
+        await peer.ask("object-add", {key: value for key, value in psk.items() if key != absent})
+    for arguments in [{}, {"id": "no"}, {"id": 1}, {"id": "no", "zoo": 1}]:
+        await peer.ask("object-del", arguments)
+
+
 async def main(peer):
     path = peer.config["dir"] + "/exports"
     here = {"type": "unix", "data": {"path": path}}
@@ -91,6 +106,7 @@ async def main(peer):
     ]:
         await peer.ask(command, arguments)
 
+    await objects(peer)
     await peer.must("nbd-server-start", {"addr": here, "max-connections": 0})
     again = await peer.ask("nbd-server-start", {"addr": here}, hide=True)
     peer.show("again", again)

@@ -18,10 +18,7 @@ pub struct Store {
 impl Store {
     /// Loads credentials and gives them a name. EEXIST where it is taken.
     pub fn add(&self, id: &str, credentials: &Credentials) -> Result<()> {
-        let taken = || {
-            let why = format!("attempt to add duplicate property '{id}' to object (type 'container')");
-            Error::new(errno::EEXIST, "credentials", why)
-        };
+        let taken = || Error::new(errno::EEXIST, format!("credentials '{id}'"), "the name is taken");
         if self.by_id.lock().contains_key(id) {
             return Err(taken());
         }

@@ -8,6 +8,7 @@ mod disk;
 mod export;
 mod job;
 mod node;
+mod object;
 mod query;
 mod snapshot;
 mod transaction;
@@ -67,6 +68,7 @@ const GROUPS: &[&[Command]] = &[
     export::COMMANDS,
     job::COMMANDS,
     node::COMMANDS,
+    object::COMMANDS,
     query::COMMANDS,
     snapshot::COMMANDS,
     transaction::COMMANDS,

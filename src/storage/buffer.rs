@@ -2,8 +2,10 @@
 //!
 //! Buffers go from hand to hand between all threads, so that there are as many as are in use at once, not one for each
 //! thread that ever needed one; and the C library's allocator, which keeps what it got for each thread apart, has nothing
-//! to do with them. Small scratch buffers stay with their thread: no lock for a block of 4 KiB.
+//! to do with them: what is larger than [`SMALL_BYTES`] is mapped by itself, so that what is not kept is the system's again
+//! at once. Small scratch buffers stay with their thread: no lock for a block of 4 KiB.
 
+use memmap2::MmapMut;
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
@@ -21,7 +23,7 @@ const KEPT_MAX: usize = 16;
 /// Buffers of one size that are free, the one used last at the end. Their content is arbitrary.
 struct Free {
     bytes: usize,
-    free: Mutex<Vec<Vec<u8>>>,
+    free: Mutex<Vec<Memory>>,
 }
 
 static SMALL: Free = Free { bytes: SMALL_BYTES, free: Mutex::new(Vec::new()) };
@@ -32,10 +34,44 @@ fn free_for(len: usize) -> Option<&'static Free> {
     [&SMALL, &LARGE].into_iter().find(|free| len <= free.bytes)
 }
 
+/// What a buffer lies in.
+#[derive(Debug)]
+enum Memory {
+    Heap(Vec<u8>),
+    Pages(MmapMut),
+}
+
+impl Memory {
+    /// Zeros, `len` of them from the first page boundary on.
+    fn zeros(len: usize) -> Memory {
+        if len > SMALL_BYTES
+            && let Ok(pages) = MmapMut::map_anon(len)
+        {
+            return Memory::Pages(pages);
+        }
+        Memory::Heap(vec![0; len + PAGE_BYTES - 1])
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Memory::Heap(bytes) => bytes,
+            Memory::Pages(pages) => pages,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::Heap(bytes) => bytes,
+            Memory::Pages(pages) => pages,
+        }
+    }
+}
+
 /// A buffer of fixed length whose address is a multiple of [`PAGE_BYTES`].
 #[derive(Debug)]
 pub struct AlignedBuf {
-    raw: Vec<u8>,
+    /// There until it is dropped.
+    raw: Option<Memory>,
     start: usize,
     len: usize,
 }
@@ -61,9 +97,9 @@ impl AlignedBuf {
         let kept = free.and_then(|free| free.free.lock().pop());
         let used = kept.is_some();
         let room = free.map_or(len, |free| free.bytes);
-        let raw = kept.unwrap_or_else(|| vec![0; room + PAGE_BYTES - 1]);
-        let start = raw.as_ptr().addr().wrapping_neg() % PAGE_BYTES;
-        (AlignedBuf { raw, start, len }, used)
+        let raw = kept.unwrap_or_else(|| Memory::zeros(room));
+        let start = raw.bytes().as_ptr().addr().wrapping_neg() % PAGE_BYTES;
+        (AlignedBuf { raw: Some(raw), start, len }, used)
     }
 }
 
@@ -72,7 +108,7 @@ impl Drop for AlignedBuf {
         let Some(free) = free_for(self.len) else { return };
         let mut kept = free.free.lock();
         if kept.len() < KEPT_MAX {
-            kept.push(std::mem::take(&mut self.raw));
+            kept.extend(self.raw.take());
         }
     }
 }
@@ -80,13 +116,15 @@ impl Drop for AlignedBuf {
 impl Deref for AlignedBuf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.raw[self.start..self.start + self.len]
+        let raw = self.raw.as_ref().map_or(&[][..], Memory::bytes);
+        &raw[self.start..self.start + self.len]
     }
 }
 
 impl DerefMut for AlignedBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.raw[self.start..self.start + self.len]
+        let raw = self.raw.as_mut().map_or(&mut [][..], Memory::bytes_mut);
+        &mut raw[self.start..self.start + self.len]
     }
 }
 

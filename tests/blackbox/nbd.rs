@@ -109,7 +109,6 @@ fn runs<T: PartialEq>(extents: impl IntoIterator<Item = (u64, T)>) -> Vec<(u64, 
 
 /// Takes a snapshot beside a guest that writes, after one whose checkpoint is a point that maps count from.
 fn two_points(served: &Served, guest: &Guest) -> Expected {
-    served.add_bitmap("user");
     served.mount.snap("monday");
     served.mount.drop_snap("monday");
     let before = guest.done();
@@ -126,8 +125,9 @@ fn content(served: &Served) -> Vec<u8> {
     fs::read(served.mount.live("vda")).unwrap()
 }
 
-/// Tests of one export are beside a guest of two threads.
+/// Runs beside a guest of two threads, all of whose writes are recorded by the bitmap `user`.
 fn beside_a_guest(served: &Served, work: impl FnOnce(&Guest)) {
+    served.add_bitmap("user");
     let guest = Guest::new(content(served), 4096);
     std::thread::scope(|scope| {
         let _stop = guest.start(scope, &served.mount.live("vda"), 2, 5);
@@ -222,15 +222,21 @@ fn contexts_of_a_frozen_export_are_the_maps_of_its_files() {
                 "{format}"
             );
 
-            let zeros = runs(map(&uri, "base:allocation").iter().map(|(_, length, flags)| (*length, flags & 2 == 2)));
+            let view = fs::read(served.mount.view("tuesday", "vda")).unwrap();
+            let is_zero = |start: u64, length: u64| view[start as usize..][..length as usize].iter().all(|b| *b == 0);
+            let mut told = 0;
+            for (start, length, flags) in map(&uri, "base:allocation") {
+                assert!(flags & 2 == 0 || is_zero(start, length), "{format}: data at {start}+{length} is called zeros");
+                told += length * u64::from(flags & 2 == 2);
+            }
             let of_map = served.mount.map_since("tuesday", "vda", "monday").0;
-            assert_eq!(zeros, runs(of_map.iter().map(|e| (e.length, e.zero))), "{format}");
+            let of_map: u64 = of_map.iter().filter(|e| e.zero).map(|e| e.length).sum();
+            assert!(told > 0 && told >= of_map / 2, "{format}: {told} bytes of zeros are told, the map has {of_map}");
             let depth = map(&uri, "qemu:allocation-depth");
             assert_eq!(depth.iter().map(|(_, length, _)| length).sum::<u64>(), DISK_MIB * MIB, "{format}");
             // What has no depth is nowhere, so it reads as zeros.
-            let view = fs::read(served.mount.view("tuesday", "vda")).unwrap();
             for (start, length, _) in depth.iter().filter(|(_, _, depth)| *depth == 0) {
-                assert!(view[*start as usize..][..*length as usize].iter().all(|byte| *byte == 0), "{format}: {start}");
+                assert!(is_zero(*start, *length), "{format}: {start}");
             }
         });
     }
@@ -316,7 +322,7 @@ fn qemu_io_writes_zeroes_discards_and_flushes() {
         };
         #[rustfmt::skip]
         let out = io(&[
-            "write -P 1 100 1000", "write -f -P 2 65536 4M", "write -z 1M 1M", "write -z -u 2M 64k", "write -z -n 3M 64k",
+            "write -P 1 100 1000", "write -f -P 2 65536 4M", "write -z 1M 1M", "write -z -u 2M 64k", "write -z -u -n 3M 64k",
             "discard 4M 64k", "flush", "aio_write -P 9 8M 1M", "aio_write -P 8 9M 1M", "aio_flush",
             "read -P 1 100 1000", "read -P 2 65536 512k", "read -P 0 1M 1M", "read -P 0 2M 64k", "read -P 0 3M 64k",
             "read -P 9 8M 1M", "read -P 8 9M 1M",

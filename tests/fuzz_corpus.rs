@@ -111,3 +111,8 @@ fn volumes() {
 fn image() {
     fuzz("image", Target::Image, 600);
 }
+
+#[test]
+fn nbd() {
+    fuzz("nbd", Target::Nbd, 20_000);
+}

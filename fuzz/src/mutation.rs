@@ -196,6 +196,7 @@ pub fn mutate(target: Target, input: &[u8], seed: u64) -> Vec<u8> {
                 change_number(random, &mut bytes, at + 8, len);
             }
             Target::Tables => change_bytes(random, &mut bytes, 2),
+            Target::Nbd => change_bytes(random, &mut bytes, 1),
             Target::Image => {
                 let mut image = Input::decode(&bytes);
                 change_image(random, &mut image);

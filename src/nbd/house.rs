@@ -19,6 +19,7 @@ pub struct House {
     /// Most threads of one connection.
     pub connection_threads: usize,
     stopping: AtomicBool,
+    panics: AtomicUsize,
     borrowed: AtomicUsize,
     borrowed_by_views: AtomicUsize,
 }
@@ -31,6 +32,7 @@ impl House {
             memory: Memory::new(memory_bytes),
             connection_threads,
             stopping: AtomicBool::new(false),
+            panics: AtomicUsize::new(0),
             borrowed: AtomicUsize::new(0),
             borrowed_by_views: AtomicUsize::new(0),
         })
@@ -44,6 +46,16 @@ impl House {
     /// Whether it stops.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// A request has panicked.
+    pub fn note_panic(&self) {
+        self.panics.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many requests have panicked.
+    pub fn panics(&self) -> usize {
+        self.panics.load(Ordering::Relaxed)
     }
 
     /// A thread of the pool, for as long as the permit lives.

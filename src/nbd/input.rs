@@ -63,7 +63,9 @@ impl Input {
             let ahead = self.ahead.get(self.start..self.end).unwrap_or_default();
             let count = if !ahead.is_empty() {
                 let count = ahead.len().min(rest.len());
-                rest.iter_mut().zip(ahead).for_each(|(to, from)| *to = *from);
+                if let (Some(to), Some(from)) = (rest.get_mut(..count), ahead.get(..count)) {
+                    to.copy_from_slice(from);
+                }
                 self.start += count;
                 count
             } else if rest.len() >= AHEAD_BYTES {

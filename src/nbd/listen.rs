@@ -5,12 +5,13 @@ use crate::error::{Error, Result, errno};
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::SystemTime;
 
 /// The port that IANA has for NBD.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -63,10 +64,17 @@ impl fmt::Display for Address {
     }
 }
 
+/// Device, inode and time of birth of a file: inode numbers are used again.
+type Identity = (u64, u64, Option<SystemTime>);
+
+fn identity(metadata: &fs::Metadata) -> Identity {
+    (metadata.dev(), metadata.ino(), metadata.created().ok())
+}
+
 /// A bound socket. Dropping it removes a Unix socket's file.
 pub enum Listener {
-    /// On a path, with the file's device and inode, so that nobody else's is removed.
-    Unix(UnixListener, PathBuf, (u64, u64)),
+    /// On a path, with the file's identity, so that nobody else's is removed.
+    Unix(UnixListener, PathBuf, Identity),
     /// On an address.
     Tcp(TcpListener),
 }
@@ -130,8 +138,8 @@ impl Drop for Listener {
 impl Listener {
     /// Removes a Unix socket's file, unless it is gone or another's.
     pub fn remove(&self) {
-        let Listener::Unix(_, path, identity) = self else { return };
-        let ours = fs::symlink_metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == *identity);
+        let Listener::Unix(_, path, of) = self else { return };
+        let ours = fs::symlink_metadata(path).is_ok_and(|m| identity(&m) == *of);
         if ours && let Err(e) = fs::remove_file(path) {
             log::warn!("{}", Error::io("remove NBD socket", e).at_path(path));
         }
@@ -151,7 +159,7 @@ fn bind_unix(path: &Path, mode: u32) -> Result<Listener> {
         bound => bound.map_err(failed)?,
     };
     let metadata = fs::symlink_metadata(path).map_err(failed)?;
-    let listener = Listener::Unix(listener, path.to_owned(), (metadata.dev(), metadata.ino()));
+    let listener = Listener::Unix(listener, path.to_owned(), identity(&metadata));
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok(listener)
 }
@@ -171,17 +179,30 @@ fn remove_stale(path: &Path) -> Result<()> {
 
 fn bind_tcp(host: &str, port: u16) -> Result<Vec<Listener>> {
     let failed = |e| Error::io(format!("NBD server on {}", Address::Tcp { host: host.into(), port }), e);
-    let addresses: Vec<_> = match host {
-        "" => ("::", port).to_socket_addrs().map_err(failed)?.collect(),
+    // Of no host, and of names like localhost, one family may not be there.
+    let addresses: Vec<SocketAddr> = match host {
+        "" => vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()],
         host => (host, port).to_socket_addrs().map_err(failed)?.collect(),
     };
     let mut listeners: Vec<Listener> = Vec::new();
-    let mut port = port;
+    let (mut port, mut failure) = (port, None);
     for mut address in addresses {
         address.set_port(port);
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        port = listener.local_addr().map_err(failed)?.port();
-        listeners.push(Listener::Tcp(listener));
+        match TcpListener::bind(address) {
+            Ok(listener) => {
+                port = listener.local_addr().map_err(failed)?.port();
+                listeners.push(Listener::Tcp(listener));
+                // That of IPv6 takes clients of IPv4, too.
+                if host.is_empty() {
+                    break;
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::AddrInUse => return Err(failed(e)),
+            Err(e) => failure = Some(e),
+        }
     }
-    Ok(listeners)
+    match failure {
+        Some(e) if listeners.is_empty() => Err(failed(e)),
+        _ => Ok(listeners),
+    }
 }

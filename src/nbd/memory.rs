@@ -66,13 +66,16 @@ impl Memory {
 }
 
 impl Share {
-    /// A buffer of arbitrary content; waits for it. `None` once the connection has ended.
+    /// A buffer of arbitrary content; waits for it, after `before_wait`. `None` once the connection has ended.
     ///
     /// Pages of large ones are the system's until they are touched: what a client only announced takes none.
-    pub fn take(self: &Arc<Self>, len: usize) -> Option<Buffer> {
+    pub fn take(self: &Arc<Self>, len: usize, before_wait: impl FnOnce()) -> Option<Buffer> {
         let memory = &self.memory;
         let mut state = memory.state.lock();
         if !self.fits(&state, len) {
+            drop(state);
+            before_wait();
+            state = memory.state.lock();
             memory.waiting.fetch_add(1, Ordering::Relaxed);
             while !self.closed.load(Ordering::Relaxed) && !self.fits(&state, len) {
                 memory.returned.wait(&mut state);
@@ -102,11 +105,6 @@ impl Share {
         self.closed.store(true, Ordering::Relaxed);
         self.memory.returned.notify_all();
     }
-
-    /// Bytes in use by this connection.
-    pub fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for Buffer {
@@ -132,5 +130,64 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.data
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use std::time::Duration;
+
+    /// Whether `work` waits; it is let go by `release`.
+    fn waits(memory: &Arc<Memory>, share: &Arc<Share>, len: usize, release: impl FnOnce()) -> Option<usize> {
+        let taker = share.clone();
+        let thread = thread::spawn(move || taker.take(len, || ()).map(|buffer| buffer.len()));
+        while !memory.is_wanted() {
+            assert!(!thread.is_finished(), "{len} bytes were to be waited for");
+            thread::sleep(Duration::from_millis(1));
+        }
+        release();
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn all_together_never_exceed_the_limit() {
+        let memory = Memory::new(1000);
+        let shares: Vec<_> = (0..5).map(|_| memory.share(false)).collect();
+        let mut held: Vec<_> = shares[..4].iter().map(|share| share.take(250, || ()).unwrap()).collect();
+        assert_eq!(memory.used(), 1000);
+        assert_eq!(waits(&memory, &shares[4], 1, || drop(held.pop())), Some(1));
+        drop(held);
+        assert_eq!((memory.used(), memory.is_wanted()), (0, false));
+    }
+
+    #[test]
+    fn one_connection_has_a_quarter_or_one_request() {
+        let memory = Memory::new(1000);
+        let share = memory.share(false);
+        let large = share.take(900, || ()).unwrap();
+        assert_eq!(waits(&memory, &share, 1, || drop(large)), Some(1));
+        let small = share.take(200, || ()).unwrap();
+        assert_eq!(waits(&memory, &share, 51, || drop(small)), Some(51));
+    }
+
+    #[test]
+    fn views_leave_half_to_live_disks() {
+        let memory = Memory::new(1000);
+        let views = [memory.share(true), memory.share(true), memory.share(true)];
+        let held = [views[0].take(250, || ()).unwrap(), views[1].take(250, || ()).unwrap()];
+        let live = memory.share(false).take(500, || ()).unwrap();
+        drop(live);
+        assert_eq!(waits(&memory, &views[2], 1, || drop(held)), Some(1));
+    }
+
+    #[test]
+    fn who_waits_comes_back_when_its_connection_ends() {
+        let memory = Memory::new(1000);
+        let (share, other) = (memory.share(false), memory.share(false));
+        let _all = other.take(1000, || ()).unwrap();
+        assert_eq!(waits(&memory, &share, 1, || share.close()), None);
+        assert!(!memory.is_wanted());
     }
 }

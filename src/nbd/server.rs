@@ -215,17 +215,21 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<(
 impl Shared {
     fn accept_all(self: &Arc<Self>, listener: usize) {
         let Some(listener) = self.listeners.get(listener) else { return };
+        let mut failing = false;
         while self.wait_for_room() {
             let accepted = listener.accept();
             if self.house.is_stopping() {
                 return;
             }
-            let admitted =
-                accepted.map_err(|e| Error::io("accept", e)).and_then(|(socket, peer)| self.admit(socket, peer));
-            if let Err(e) = admitted {
-                log::warn!("NBD server: {e}");
+            let accepted = accepted.map_err(|e| Error::io("accept", e));
+            let failed = accepted.and_then(|(socket, peer)| self.admit(socket, peer)).err();
+            if let Some(e) = &failed {
+                // Out of descriptors, memory or threads: it would fail again at once, and each time be said.
+                let level = if failing { log::Level::Debug } else { log::Level::Warn };
+                log::log!(level, "NBD server: {e}");
                 thread::sleep(ACCEPT_PAUSE);
             }
+            failing = failed.is_some();
         }
     }
 

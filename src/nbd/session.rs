@@ -62,7 +62,10 @@ pub struct Session {
     crew: Mutex<Crew>,
     /// Somebody in `crew` was called, has left, or all are to leave.
     changed: Condvar,
+    /// No more requests are taken.
     over: AtomicBool,
+    /// Nobody waits for answers.
+    gone: AtomicBool,
     in_flight: AtomicUsize,
     signs: Signs,
     pace: Pace,
@@ -166,6 +169,7 @@ impl Session {
             crew: Mutex::new(Crew { threads: 1, own: 1, ..Crew::default() }),
             changed: Condvar::new(),
             over: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
             signs,
             pace: Pace::default(),
@@ -188,6 +192,7 @@ impl Session {
 
     /// Ends it at once: who waits for the client or for memory comes back.
     pub fn kill(&self) {
+        self.gone.store(true, Ordering::SeqCst);
         self.leave();
         self.share.close();
         self.transport.shutdown();
@@ -198,9 +203,13 @@ impl Session {
         self.in_flight.load(Ordering::SeqCst) > 0 || self.withheld.load(Ordering::SeqCst)
     }
 
-    /// Whether nobody waits for its results any more.
-    pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Relaxed)
+    /// Whether nobody waits for answers any more. A client that disconnects in good order still does.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
     }
 
     fn leave(&self) {
@@ -252,6 +261,10 @@ impl Session {
                 }
             };
             let flight = Flight(&self.in_flight);
+            // Looked at while nobody else can have read the end.
+            if self.is_over() {
+                return;
+            }
             let help = self.wants_help(&job, input.buffered());
             let more = !help && !self.is_slow(&job.request) && self.has_next(&input);
             self.signs.reading.store(help, Ordering::SeqCst);
@@ -289,6 +302,7 @@ impl Session {
             }
             Err(_) => {
                 // Half a reply may be out.
+                self.house.note_panic();
                 log::error!("nbd: a request panicked; its connection ends");
                 self.kill();
             }
@@ -382,6 +396,7 @@ impl Session {
         let mut header = [0; EXTENDED_BYTES];
         let header = header.get_mut(..header_bytes(self.style)).unwrap_or_default();
         if !input.fill_or_end(header).map_err(failed)? {
+            self.gone.store(true, Ordering::SeqCst);
             return Ok(None);
         }
         let request = Request::decode(header, self.style).ok_or_else(|| broken("a request has no magic number"))?;
@@ -408,7 +423,10 @@ impl Session {
             input.skip(len).map_err(|e| Error::io("receive", e))?;
             return Ok(Job { request, data: None, refusal });
         }
-        let mut data = self.share.take(len as usize).ok_or_else(|| broken("the connection has ended"))?;
+        // Answers do not wait for memory that others have; a failure to send them shows when more is sent.
+        let before_wait = || drop(self.send_withheld());
+        let data = self.share.take(len as usize, before_wait);
+        let mut data = data.ok_or_else(|| broken("the connection has ended"))?;
         self.signs.receiving.store(true, Ordering::Relaxed);
         let filled = input.fill(&mut data);
         self.signs.receiving.store(false, Ordering::Relaxed);

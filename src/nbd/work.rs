@@ -93,7 +93,7 @@ impl Session {
             let len = (end - at).min(piece - at % piece);
             work(at, len)?;
             at += len;
-            if self.is_over() {
+            if self.is_gone() {
                 return Err(Error::new(errno::ECANCELED, name_of(request.command), "the client has left"));
             }
         }
@@ -118,7 +118,7 @@ impl Session {
         if request.len == 0 {
             return self.reply_done(request, more);
         }
-        let Some(mut data) = self.share.take(request.len as usize) else { return Ok(()) };
+        let Some(mut data) = self.share.take(request.len as usize, || ()) else { return Ok(()) };
         let begun = Instant::now();
         let done = self.export.read(&mut data, request.offset);
         self.note_pace(begun.elapsed());

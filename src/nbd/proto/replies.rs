@@ -61,12 +61,6 @@ impl Head {
         Head::chunk(style, request, flags, chunk::OFFSET_DATA, 8 + u64::from(len)).put(offset.to_be_bytes())
     }
 
-    /// Zeros of `len` bytes from `offset` on.
-    pub fn hole(style: Style, request: &Request, done: bool, offset: u64, len: u32) -> Head {
-        let flags = if done { chunk::DONE } else { 0 };
-        Head::chunk(style, request, flags, chunk::OFFSET_HOLE, 12).put(offset.to_be_bytes()).put(len.to_be_bytes())
-    }
-
     /// Before the extents of one context.
     pub fn status(style: Style, request: &Request, done: bool, id: u32, extents: &Extents) -> Head {
         let flags = if done { chunk::DONE } else { 0 };

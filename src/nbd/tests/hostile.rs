@@ -147,7 +147,7 @@ fn a_handshake_that_takes_too_long_ends() {
     let rig = Rig::new();
     let mut client = rig.client();
     let mut entered = rig.client().enter(Style::Structured, "vda", &[]);
-    rig.server.watch_as_if_later(Duration::from_secs(9), false);
+    rig.server.watch_as_if_later(Duration::ZERO, false);
     assert_ne!(client.option(4711, b"").0, 0);
     rig.server.watch_as_if_later(Duration::from_secs(11), false);
     client.assert_closed();

@@ -61,6 +61,13 @@ impl Exports for Shelf {
             "vda" => (false, SIZE),
             "s/vda" => (true, SIZE),
             "huge" => (false, HUGE),
+            "slow" => {
+                let mut hang = self.disk.hang.lock();
+                while *hang {
+                    self.disk.changed.wait(&mut hang);
+                }
+                (false, SIZE)
+            }
             "busy" => return Err(Error::new(errno::EBUSY, "export", "is busy")),
             _ => return Err(Error::new(errno::ENOENT, "export", "there is none")),
         };

@@ -1,6 +1,6 @@
 //! Connections as a whole: limits, ends, the stop.
 
-use super::client::{Ask, info};
+use super::client::{Ask, info, option_bytes, request_bytes};
 use super::export::HANG;
 use super::*;
 use crate::error::errno;
@@ -52,6 +52,24 @@ fn an_export_can_be_taken_from_its_clients() {
     // Clients that leave are counted no more.
     drop(live);
     eventually("it is gone", || rig.server.connections("vda") == 0);
+}
+
+#[test]
+fn who_is_just_entering_is_taken_away_too() {
+    let rig = Rig::new();
+    let disk = &rig.shelf.disk;
+    disk.set_hang(true);
+    let mut client = rig.client();
+    let write = Ask { command: command::WRITE, len: 3, data: b"abc", ..Ask::default() };
+    client.put(&[option_bytes(option::GO, &info("slow", &[])), request_bytes(Style::Simple, 1, write)].concat());
+    eventually("it enters", || rig.server.connections("slow") == 1);
+    rig.server.disconnect("slow");
+    disk.set_hang(false);
+    eventually("it has left", || rig.server.connections("slow") == 0);
+    rig.server.stop();
+    assert!(disk.bytes.lock().iter().all(|byte| *byte == 0));
+    // Without any connection its export is not opened any more.
+    assert!(Arc::strong_count(disk) == 1);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Permissions of Unix sockets: who may connect may write to disks.
 const SOCKET_MODE: u32 = 0o600;
@@ -185,7 +186,10 @@ impl ExportHost for Nbd {
         let address = self.address(request)?;
         let max_connections = request.max_connections as usize;
         let tls_required = tls.is_some();
-        let options = ServerOptions { max_connections, unix_mode: SOCKET_MODE, tls, tls_required };
+        let seconds = u64::from(request.handshake_seconds);
+        let handshake_time = (seconds > 0).then(|| Duration::from_secs(seconds));
+        let unix_mode = SOCKET_MODE;
+        let options = ServerOptions { max_connections, handshake_time, unix_mode, tls, tls_required };
         *server = Some((mode, Server::start(&[address], self.table.clone(), options)?));
         Ok(())
     }

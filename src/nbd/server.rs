@@ -1,7 +1,7 @@
 //! The server: accepts connections, runs a [`Session`] on each, watches over them, and stops.
 //!
 //! * **Bounded.** No more connections than [`ServerOptions::max_connections`]; who comes then waits in the socket's queue.
-//! * **Handshakes end** after [`HANDSHAKE_TIME`].
+//! * **Handshakes end** after [`ServerOptions::handshake_time`].
 //! * **Nobody keeps memory by not moving**: a client that takes no bytes of a reply, or sends none of its data, is
 //!   disconnected after [`STUCK_TIME`] where others wait for memory; one that takes no bytes at the latest after
 //!   [`SILENT_TIME`]. For every 256 KiB of a reply that it takes, the time begins anew.
@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long a handshake may take, as in QEMU.
+/// How long a handshake may take where nothing else is said, as in QEMU.
 pub const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// How long a client may keep memory without moving while others wait for it.
 pub const STUCK_TIME: Duration = Duration::from_secs(5);
@@ -45,6 +45,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct ServerOptions {
     /// Most connections at once, 0 for as many as there may be: [`CONNECTIONS_MAX`].
     pub max_connections: usize,
+    /// How long a handshake may take; none for no limit.
+    pub handshake_time: Option<Duration>,
     /// What puts TLS over a connection; none refuses it.
     pub tls: Option<Arc<dyn Tls>>,
     /// Whether nothing is said without TLS.
@@ -55,7 +57,13 @@ pub struct ServerOptions {
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        ServerOptions { max_connections: 100, tls: None, tls_required: false, unix_mode: 0o600 }
+        ServerOptions {
+            max_connections: 100,
+            handshake_time: Some(HANDSHAKE_TIME),
+            tls: None,
+            tls_required: false,
+            unix_mode: 0o600,
+        }
     }
 }
 
@@ -340,8 +348,8 @@ impl Shared {
         let mut phase = connection.phase.lock();
         match &mut *phase {
             Phase::Handshake(_) => {
-                if now.duration_since(connection.begun) > HANDSHAKE_TIME {
-                    log::debug!("nbd: {}: no handshake within 10 s", connection.peer);
+                if self.options.handshake_time.is_some_and(|limit| now.duration_since(connection.begun) > limit) {
+                    log::debug!("nbd: {}: the handshake takes too long", connection.peer);
                     connection.socket.shutdown();
                 }
                 false

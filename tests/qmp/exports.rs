@@ -79,6 +79,23 @@ fn the_server_starts_once_and_stops_with_its_exports() {
 }
 
 #[test]
+fn a_client_that_never_says_what_it_wants_goes_when_its_time_is_over() {
+    let f = Fixture::new();
+    let mut c = f.raw().negotiated();
+    let path = f.dir.path().join("nbd");
+    let addr = json!({"type": "unix", "data": {"path": path}});
+    assert_eq!(run(&mut c, "nbd-server-start", &json!({ "addr": addr, "handshake-max-seconds": 1 })), json!({}));
+    let mut silent = UnixStream::connect(&path).unwrap();
+    silent.set_read_timeout(Some(NEVER)).unwrap();
+    let began = std::time::Instant::now();
+    let mut greeting = Vec::new();
+    // Its end may be a reset.
+    let _ = silent.read_to_end(&mut greeting);
+    assert_eq!(greeting.len(), 18);
+    assert!(began.elapsed() >= Duration::from_millis(900) && began.elapsed() < Duration::from_secs(9));
+}
+
+#[test]
 fn an_export_that_goes_is_told() {
     let f = Fixture::new();
     let mut c = f.raw().negotiated();

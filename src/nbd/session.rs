@@ -240,6 +240,10 @@ impl Session {
     fn work(self: &Arc<Self>, main: bool) {
         while !self.is_over() {
             let Some(mut input) = self.input.try_lock() else {
+                // The reader may have looked before this thread kept an answer back.
+                if self.send_withheld().is_err() {
+                    self.kill();
+                }
                 if !self.wait_for_call(main) {
                     return;
                 }
@@ -371,6 +375,10 @@ impl Session {
 
     /// The life of another thread than the first.
     fn help(self: &Arc<Self>, permit: Option<Permit>) {
+        // It is started by a call, too: see `work`.
+        if self.send_withheld().is_err() {
+            self.kill();
+        }
         self.work(false);
         let mut crew = self.crew.lock();
         crew.threads -= 1;

@@ -35,16 +35,20 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Address> {
         let wrong = |why: &str| {
             Error::new(errno::EINVAL, format!("NBD address '{text}'"), why)
-                .hint("give unix:PATH, HOST:PORT or [IPV6]:PORT")
+                .hint("give unix:PATH, tcp:HOST:PORT or tcp:[IPV6]:PORT")
         };
         if let Some(path) = text.strip_prefix("unix:").or_else(|| text.contains('/').then_some(text)) {
             return if path.is_empty() { Err(wrong("no path")) } else { Ok(Address::Unix(path.into())) };
         }
-        let text = text.strip_prefix("tcp:").unwrap_or(text);
+        let tcp = text.strip_prefix("tcp:");
+        let text = tcp.unwrap_or(text);
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => rest.split_once(']').ok_or_else(|| wrong("a bracket is not closed"))?,
             None => text.find(':').map_or((text, ""), |at| text.split_at(at)),
         };
+        if tcp.is_none() && !text.contains(':') {
+            return Err(wrong("neither a path nor a port"));
+        }
         let port = match port.strip_prefix(':') {
             Some(port) => port.parse().map_err(|_| wrong("the port is no number up to 65535"))?,
             None if port.is_empty() && !host.is_empty() => DEFAULT_PORT,

@@ -137,7 +137,7 @@ fn addresses_are_read_and_written() {
         assert_eq!(text.parse::<Address>().unwrap(), address);
         assert_eq!(address.to_string(), shown);
     }
-    for wrong in ["", "unix:", "[::1", "host:port", "host:65536", ":", "[::1]x"] {
+    for wrong in ["", "host", "unix:", "[::1", "host:port", "host:65536", ":", "[::1]x"] {
         assert!(wrong.parse::<Address>().is_err(), "{wrong}");
     }
 }

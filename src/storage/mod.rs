@@ -17,6 +17,7 @@ pub mod crash;
 pub mod device;
 pub mod dir;
 pub mod faulty;
+mod known;
 pub mod lock;
 pub mod mem;
 mod names;

@@ -9,6 +9,7 @@
 //! end of the file.
 
 use super::buffer::{PAGE_BYTES, with_scratch};
+use super::known::KnownData;
 use super::{BlockStatus, Space, Stamp, Storage, attribute, clock, end_of};
 use crate::error::{Error, Result, errno};
 use crate::units::{round_down, round_up};
@@ -55,6 +56,7 @@ pub struct OsFile {
     /// 1 without O_DIRECT.
     alignment: u64,
     tail: Option<Tail>,
+    known_data: KnownData,
 }
 
 /// The end of a file that O_DIRECT cannot write.
@@ -81,7 +83,14 @@ impl OsFile {
         let meta = file.metadata().map_err(|e| Error::io("look at", e).at_path(path))?;
         check_kind(&meta, path)?;
         let is_block_device = meta.file_type().is_block_device();
-        let mut opened = OsFile { file, path: path.to_owned(), is_block_device, alignment: 1, tail: None };
+        let mut opened = OsFile {
+            file,
+            path: path.to_owned(),
+            is_block_device,
+            alignment: 1,
+            tail: None,
+            known_data: KnownData::default(),
+        };
         if options.direct {
             opened.alignment = opened.direct_alignment()?;
             if !is_block_device {
@@ -225,7 +234,14 @@ impl OsFile {
         // A block device zeros whole blocks only, none of them larger than a page.
         let unit = if self.is_block_device { PAGE_BYTES as u64 } else { 1 };
         let (start, stop) = (round_up(offset, unit).min(end), round_down(end, unit));
-        if start < stop && self.fallocate(what, mode | libc::FALLOC_FL_KEEP_SIZE, start, stop - start)? {
+        let zeroed = if start < stop {
+            self.fallocate(what, mode | libc::FALLOC_FL_KEEP_SIZE, start, stop - start)
+        } else {
+            Ok(false)
+        };
+        // Also where it failed half-way.
+        self.known_data.forget();
+        if zeroed? {
             self.write_zeros(offset, start)?;
             return self.write_zeros(stop, end);
         }
@@ -363,6 +379,7 @@ impl Storage for OsFile {
                 return Err(self.error("resize", e));
             }
         }
+        self.known_data.forget();
         if let Some(tail) = &self.tail {
             tail.start.store(self.tail_start(len), Ordering::Relaxed);
         }
@@ -385,11 +402,18 @@ impl Storage for OsFile {
             let size = self.len()?;
             return Ok(if offset >= size { until(end, true) } else { until(size, false) });
         }
+        let asked = match self.known_data.end_behind(offset) {
+            Ok(border) => return Ok(until(border, false)),
+            Err(asked) => asked,
+        };
         match self.seek(offset, libc::SEEK_DATA) {
             Ok(None) => Ok(until(end, true)),
             Ok(Some(data)) if data > offset => Ok(until(data, true)),
             Ok(Some(_)) => match self.seek(offset, libc::SEEK_HOLE) {
-                Ok(Some(hole)) if hole > offset => Ok(until(hole, false)),
+                Ok(Some(hole)) if hole > offset => {
+                    self.known_data.learn(asked, offset..hole);
+                    Ok(until(hole, false))
+                }
                 // Somebody punched or cut the range between the two questions: data is the answer that claims nothing.
                 Ok(_) => Ok(until(offset + 1, false)),
                 Err(e) => Err(self.error("look for holes in", e).at_offset(offset)),
@@ -668,6 +692,19 @@ mod tests {
                 assert_eq!(file.len().unwrap(), len);
                 assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0), "{len}");
             }
+        }
+    }
+
+    #[test]
+    fn a_hole_is_seen_as_soon_as_it_is_there() {
+        let dir = disk_dir();
+        let file = OsFile::open(&dir.path().join("f"), &CREATE).unwrap();
+        let zero = |offset| file.block_status(offset, (1 << 20) - offset).unwrap().zero;
+        for change in [|file: &OsFile| file.punch_hole(1 << 19, 1 << 16), |file: &OsFile| file.set_len(1 << 18)] {
+            file.write_at(&vec![1; 1 << 20], 0).unwrap();
+            assert!(!zero(0) && !zero(1 << 19));
+            change(&file).unwrap();
+            assert!(!zero(0) && zero(1 << 19));
         }
     }
 

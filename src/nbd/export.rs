@@ -59,6 +59,10 @@ pub struct Run {
 pub trait Exports: Send + Sync {
     /// Names and descriptions, by name.
     fn list(&self) -> Vec<(String, String)>;
-    /// Opens one for a session. ENOENT where there is none.
+    /// The name that a client's `name` stands for: the empty one may stand for a default.
+    fn canonical(&self, name: &str) -> String {
+        name.to_owned()
+    }
+    /// Opens one by its canonical name for a session. ENOENT where there is none.
     fn open(&self, name: &str) -> Result<Arc<dyn Export>>;
 }

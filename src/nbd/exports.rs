@@ -120,7 +120,8 @@ pub fn describe_view(snapshot: &str, disk: &str) -> String {
 }
 
 fn no_such_export(name: &str) -> Error {
-    Error::new(errno::ENOENT, format!("export '{}'", name.escape_debug()), "no such export")
+    let why = if name.is_empty() { "there is no default export, give a name that is listed" } else { "no such export" };
+    Error::new(errno::ENOENT, format!("export '{}'", name.escape_debug()), why)
 }
 
 /// What goes on as long as the core serves the disk; ESHUTDOWN from then on.

@@ -43,7 +43,7 @@ pub struct Offer<'a> {
 pub struct Agreed {
     /// The export.
     pub export: Arc<dyn Export>,
-    /// The name that the client gave it.
+    /// Its canonical name.
     pub name: String,
     /// How replies look.
     pub style: Style,
@@ -251,14 +251,15 @@ impl Handshake<'_> {
 
     fn info(&mut self, option: u32, data: &[u8]) -> Answer {
         let request = InfoRequest::decode(data)?;
+        let name = self.offer.exports.canonical(request.name);
         if option == option::GO {
-            (self.offer.entering)(Some(request.name));
+            (self.offer.entering)(Some(&name));
         }
-        let export = self.open(request.name)?;
+        let export = self.open(&name)?;
         let flags = self.flags(&*export);
         put_info_export(&mut self.out, option, export.size(), flags);
         if request.wants(info::NAME) {
-            put_info_text(&mut self.out, option, info::NAME, request.name);
+            put_info_text(&mut self.out, option, info::NAME, &name);
         }
         if request.wants(info::DESCRIPTION) {
             put_info_text(&mut self.out, option, info::DESCRIPTION, &export.description());
@@ -267,7 +268,7 @@ impl Handshake<'_> {
             put_info_block_size(&mut self.out, option);
         }
         put_reply(&mut self.out, option, reply::ACK, "");
-        Ok(if option == option::GO { Next::Entered(export, request.name.to_owned()) } else { Next::More })
+        Ok(if option == option::GO { Next::Entered(export, name) } else { Next::More })
     }
 
     /// What cannot be answered with an error ends the connection.
@@ -276,11 +277,12 @@ impl Handshake<'_> {
             return Err(broken("NBD_OPT_EXPORT_NAME without TLS"));
         }
         let name = string(data).map_err(|_| broken("an export's name is no string"))?;
-        (self.offer.entering)(Some(name));
-        let export = self.offer.exports.open(name)?;
+        let name = self.offer.exports.canonical(name);
+        (self.offer.entering)(Some(&name));
+        let export = self.offer.exports.open(&name)?;
         let flags = self.flags(&*export);
         put_export_name(&mut self.out, export.size(), flags, !self.no_zeroes);
-        Ok(Next::Entered(export, name.to_owned()))
+        Ok(Next::Entered(export, name))
     }
 
     fn open(&self, name: &str) -> std::result::Result<Arc<dyn Export>, Refusal> {
@@ -316,7 +318,8 @@ impl Handshake<'_> {
         if let Some(query) = request.queries().find(|query| !query.contains(':')) {
             return refused(reply::ERR_INVALID, &format!("query '{query}' has no namespace"));
         }
-        let export = self.open(request.name)?;
+        let name = self.offer.exports.canonical(request.name);
+        let export = self.open(&name)?;
         let mut chosen = Vec::new();
         for name in export.contexts().iter().filter(|name| request.matches(name, listing)) {
             if listing {
@@ -331,7 +334,7 @@ impl Handshake<'_> {
         }
         put_reply(&mut self.out, option, reply::ACK, "");
         if !listing {
-            self.contexts = Some((request.name.to_owned(), chosen));
+            self.contexts = Some((name, chosen));
         }
         Ok(Next::More)
     }

@@ -164,6 +164,31 @@ fn exports_come_and_go_with_disks_and_views() {
 }
 
 #[test]
+fn the_empty_name_is_the_only_disk_and_never_another() {
+    requires!("nbdinfo", "qemu-img");
+    let rig = Rig::new();
+    let served = Served::new(&rig, "raw");
+    let named = || {
+        let map = ok(tool("nbdinfo").args(["--map=base:allocation", &served.uri("")]));
+        assert_eq!(map, ok(tool("nbdinfo").args(["--map=base:allocation", &served.uri("vda")])));
+        ok(tool("qemu-img").args(["info", &format!("nbd:unix:{}", served.socket.display())]))
+    };
+    assert!(named().contains("12 MiB"));
+    let vdb = rig.image("vdb", 5);
+    served.mount.done("disk add", args![&vdb]);
+    assert!(named().contains("12 MiB"));
+    served.mount.done("disk remove", ["vda"]);
+    let refused = |why: &str| {
+        let out = tool("qemu-img").args(["info", &format!("nbd:unix:{}", served.socket.display())]).output().unwrap();
+        assert!(stderr(&out).contains(why), "{out:?}");
+    };
+    refused("export 'vda': no such export");
+    served.mount.umount();
+    let _two = rig.mount(args!["--nbd", format!("unix:{}", served.socket.display()), rig.path("vda.raw"), vdb]);
+    refused("there is no default export");
+}
+
+#[test]
 fn a_frozen_export_is_what_the_frozen_file_is_beside_a_guest() {
     requires!("nbdinfo", "nbdcopy", "qemu-img");
     for format in ["raw", "qcow2"] {

@@ -1,4 +1,7 @@
 //! All that a mount has, under the names of its disks (`vda`) and views (`NAME/vda`), as long as it has them.
+//!
+//! Invariant: **a name never comes to mean another disk.** The empty one stands for the disk of a mount that began with one,
+//! whatever disks come and go later: a client that connects again has the disk that it had, or none.
 
 use super::contexts::{Bitmaps, Contexts, SharedBitmaps, Source};
 use super::live::{LiveExport, LiveOptions};
@@ -13,12 +16,18 @@ use std::sync::Arc;
 pub struct MountExports {
     fleece: Arc<Fleece>,
     bitmaps: Arc<SharedBitmaps>,
+    /// The disk that the empty name stands for.
+    default: Option<String>,
 }
 
 impl MountExports {
-    /// Those of a mount.
+    /// Those of a mount with the disks that it begins with.
     pub fn new(fleece: Arc<Fleece>) -> MountExports {
-        MountExports { fleece, bitmaps: Arc::default() }
+        let default = match fleece.disks().as_slice() {
+            [only] => Some(only.name().to_owned()),
+            _ => None,
+        };
+        MountExports { fleece, bitmaps: Arc::default(), default }
     }
 
     fn contexts(&self, source: Source) -> Contexts {
@@ -38,6 +47,11 @@ impl Exports for MountExports {
         }
         list.sort();
         list
+    }
+
+    fn canonical(&self, name: &str) -> String {
+        let default = self.default.as_deref().filter(|_| name.is_empty());
+        default.unwrap_or(name).to_owned()
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Export>> {

@@ -299,8 +299,13 @@ impl Shared {
         let name = agreed.name.clone();
         log::debug!("nbd: {peer}: export '{name}', {:?} replies", agreed.style);
         let session = Session::new(agreed, self.house.clone());
-        *connection.phase.lock() =
-            Phase::Session { name: name.clone(), session: session.clone(), seen: Seen::default() };
+        let mut phase = connection.phase.lock();
+        if matches!(&*phase, Phase::Ended) {
+            // Requests that came with the last option are not begun any more.
+            return;
+        }
+        *phase = Phase::Session { name: name.clone(), session: session.clone(), seen: Seen::default() };
+        drop(phase);
         self.changed.notify_all();
         // Looked at behind the phase, as a stop looks the other way round.
         if self.house.is_stopping() {

@@ -24,7 +24,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct UmountArgs {
     /// The mount
     mnt: PathBuf,
-    /// Detach it even while files are open; the daemon ends with the last close
+    /// Detach it even while files are open; the daemon ends with the last close, and disconnects clients of NBD
     #[arg(long)]
     lazy: bool,
 }
@@ -38,6 +38,9 @@ impl UmountArgs {
             return Ok(Exit::Done);
         }
         let mount = Mount::find(&path)?;
+        if !self.lazy {
+            self.refuse_clients(&mount.status)?;
+        }
         let daemon = Process::find(mount.pid);
         // Events tell how the saving went. Who may not use the socket can still unmount, and learns less.
         let outcome = mount.client().ok().map(listen);
@@ -64,6 +67,18 @@ impl UmountArgs {
                 .hint("unmounted, but what was not saved counts as changed in the next backup")),
             None => Ok(Exit::Done),
         }
+    }
+
+    /// A guest that has its disk by NBD is no other than one that has its file open, which the kernel looks after.
+    fn refuse_clients(&self, status: &Value) -> Result<()> {
+        let rows = |of: &Value, key: &str| of.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+        let exports = rows(status, "nbd").into_iter().flat_map(|server| rows(&server, "exports"));
+        let is_used = |export: &Value| export.get("connections").and_then(Value::as_u64).is_some_and(|count| count > 0);
+        let Some(export) = exports.into_iter().find(is_used) else { return Ok(()) };
+        let name = export.get("name").and_then(Value::as_str).unwrap_or_default().escape_debug().to_string();
+        let mnt = self.mnt.display();
+        Err(Error::new(errno::EBUSY, mnt.to_string(), format!("a client of NBD has '{name}' open"))
+            .hint(format!("end it first; `fleecefs umount {mnt} --lazy` disconnects it")))
     }
 
     fn explain_busy(&self, e: Error) -> Error {

@@ -375,7 +375,8 @@ impl Mount {
         let umount = || fleecefs(args!["umount", &self.dir]);
         let mut out = umount();
         for _ in 0..20 {
-            if out.status.success() || !stderr(&out).contains("files in it are open") {
+            let words = ["files in it are open", "a client of NBD has"];
+            if out.status.success() || !words.iter().any(|word| stderr(&out).contains(word)) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(50));

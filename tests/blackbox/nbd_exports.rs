@@ -152,8 +152,11 @@ fn what_was_answered_is_in_the_image_when_the_mount_has_ended() {
     let mut client = Nbd::open(&socket, "vda").unwrap();
     let data = pattern(5, 1 << 20);
     client.write(1 << 20, &data);
+    // A client counts as an open file does.
+    refused(&mount.run("umount", args![]), 2, &["a client of NBD has 'vda' open", "--lazy"]);
+    assert!(client.read(1 << 20, 1 << 20) == data);
     // The client stays: it is disconnected.
-    mount.umount();
+    assert!(mount.run("umount", args!["--lazy"]).status.success());
     assert!(client.ask(0, 0, 512, &[]).map_or(true, |answer| answer.is_err()));
     assert!(fs::read(&image).unwrap()[1 << 20..2 << 20] == data);
     assert!(UnixStream::connect(&socket).is_err());

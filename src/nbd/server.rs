@@ -395,6 +395,8 @@ impl Server {
     pub(super) fn watch_as_if_later(&self, later: Duration, wanted: bool) {
         let connections = self.shared.connections.lock().clone();
         for connection in connections {
+            // The first look may be the first that sees the newest bytes; the second one sees that it stands still.
+            self.shared.look_at(&connection, Instant::now(), wanted);
             self.shared.look_at(&connection, Instant::now(), wanted);
             self.shared.look_at(&connection, Instant::now() + later, wanted);
         }

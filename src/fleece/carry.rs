@@ -116,6 +116,7 @@ impl Fleece {
             content_sha256: digest(frozen.view(), &there)?,
             bits_sha256: sha256_of(bits.bits().words()),
         };
+        self.check_nobody_wrote(&disk, &frozen, name)?;
         drop(frozen);
         let words: Vec<u64> = bits.bits().words().collect();
         let granularity_bits = bits.granularity().trailing_zeros() as u8;
@@ -169,6 +170,16 @@ impl Fleece {
         }
         Err(Error::new(errno::EBUSY, format!("checkpoint '{name}'"), "checkpoints come and go all the time")
             .hint("try again"))
+    }
+
+    /// What somebody else wrote while the view was read may be in the digest, and is in no bit (X2).
+    fn check_nobody_wrote(&self, disk: &Disk, frozen: &Frozen, name: &str) -> Result<()> {
+        let _control = self.control.lock();
+        disk.check_foreign()?;
+        match frozen.view().broken() {
+            Some(reason) => Err(unknown_since(name, &reason)),
+            None => Ok(()),
+        }
     }
 
     /// Makes the checkpoint in a file known for a disk (`None`: the one of the name that it had, or the only one). ESTALE where
@@ -297,10 +308,14 @@ fn span_from(directory: &Directory, name: &str) -> Result<Vec<CheckpointEntry>> 
     })?;
     let span = directory.checkpoints.get(index..).unwrap_or_default().to_vec();
     match span.iter().find_map(|entry| entry.bitmap.everything.as_ref()) {
-        Some(reason) => Err(Error::new(errno::ESTALE, format!("checkpoint '{name}'"), reason.clone())
-            .hint("what changed since is not known: the next backup is a full one")),
+        Some(reason) => Err(unknown_since(name, reason)),
         None => Ok(span),
     }
+}
+
+fn unknown_since(name: &str, reason: &str) -> Error {
+    Error::new(errno::ESTALE, format!("checkpoint '{name}'"), reason)
+        .hint("what changed since is not known: the next backup is a full one")
 }
 
 /// Whether both have the same checkpoints with the same bitmaps, and know as much.

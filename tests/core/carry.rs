@@ -204,6 +204,28 @@ fn an_export_says_what_it_cannot_know() {
     assert!(!file.exists() && fleece.bitmaps("a").unwrap().iter().all(|info| info.checkpoint));
 }
 
+/// Its digest may have what no bit stands for: the file would be believed where that content is.
+#[test]
+fn an_export_during_which_somebody_else_writes_is_none() {
+    let moved = Moved::new();
+    let (faults, file) = (&moved.host.files["a"].image_faults, moved.file("new"));
+    let fleece = moved.host.mount();
+    point(&fleece, "here");
+    faults.clear();
+    faults.stall(Call::Read);
+    let export = {
+        let (fleece, file) = (fleece.clone(), file.clone());
+        std::thread::spawn(move || fleece.export_checkpoint("here", "a", &file))
+    };
+    wait_for("the view is read", || faults.calls(Call::Read) > 0);
+    // Past the slack that times have (doc/foreign.md).
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    moved.host.files["a"].image.write_at(b"foreign", 4 * GRANULE).unwrap();
+    faults.release(Call::Read);
+    assert_errno(export.join().unwrap(), errno::ESTALE);
+    assert!(!file.exists());
+}
+
 #[test]
 fn a_file_that_is_not_as_it_was_exported_is_refused() {
     let moved = Moved::new();

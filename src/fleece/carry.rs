@@ -262,6 +262,7 @@ impl Fleece {
         let _control = self.control.lock();
         self.settle()?;
         self.check_importable(disk, note)?;
+        let open: Vec<Uuid> = self.snapshots().iter().map(|snapshot| snapshot.uuid()).collect();
         let tracking = &disk.tracking;
         let recording = Recording { uuid: Uuid::new_v4(), bitmap: Arc::new(copy_of(bits)?), area: None };
         let sealed = tracking.seal(&recording, None)?;
@@ -277,8 +278,9 @@ impl Fleece {
                 uuid: note.uuid,
                 name: note.checkpoint.clone(),
                 time_ns,
-                // Who counts from the newest completed one may have read one of this mount's.
-                completed: note.completed && before.iter().all(|entry| !entry.completed),
+                // Who counts from the newest completed one may have read one of this mount's, or be about to: an older
+                // snapshot that is open may be completed yet.
+                completed: note.completed && before.iter().all(|entry| !entry.completed && !open.contains(&entry.uuid)),
                 bitmap: sealed.clone(),
                 state: CheckpointState::Sealed,
             };

@@ -167,6 +167,24 @@ fn points_and_views_from_before_an_import_do_not_count_from_it() {
     assert_eq!(later.view("a").unwrap().reference().unwrap().name, "other");
 }
 
+/// A reader that keeps no names counts from the newest completed one, which it has read.
+#[test]
+fn a_snapshot_that_is_completed_after_an_import_is_what_the_next_one_counts_from() {
+    let moved = Moved::new();
+    let fleece = moved.host.mount();
+    let disk = fleece.disk("a").unwrap();
+    let old = read_live(&disk, 3 * GRANULE, 512);
+    disk.write(&[9; 512], 3 * GRANULE).unwrap();
+    freeze(&fleece, "open");
+    disk.write(&old, 3 * GRANULE).unwrap();
+    fleece.import_checkpoint(&moved.file("monday"), None).unwrap();
+    fleece.complete_snapshot("open", None).unwrap();
+    let later = freeze(&fleece, "later");
+    let view = later.view("a").unwrap();
+    assert_eq!(view.reference().unwrap().name, "open");
+    assert!(dirty_granules(&extents_since(view, "open")).contains(&3));
+}
+
 #[test]
 fn what_is_written_during_an_import_is_a_change() {
     let moved = Moved::new();

@@ -47,7 +47,7 @@ pub struct ImportArgs {
     mnt: PathBuf,
     /// The file, or a directory with DISK.qcow2 for each disk
     file: PathBuf,
-    /// The disk [default: the one of the name that it had, or the only one]
+    /// The disk [default: the one of the name that it had, or the only one; with a directory all of them]
     #[arg(long, value_name = "D")]
     disk: Option<String>,
     #[command(flatten)]
@@ -149,10 +149,11 @@ impl ExportArgs {
 }
 
 impl ImportArgs {
-    /// [`Exit::Differs`] where a disk does not hold what it held at the export.
+    /// [`Exit::Differs`] where a disk does not hold what it held at the export. A file that fails does not keep the others
+    /// back: after a run that was cut off, the next one finds some imported.
     fn run(&self) -> Result<Exit> {
         let mount = Mount::find(&self.mnt)?;
-        let (mut replies, mut exit) = (Vec::new(), Exit::Done);
+        let (mut replies, mut exit, mut failed) = (Vec::new(), Exit::Done, None);
         for file in self.files()? {
             let mut arguments = json!({ "file": absolute(&file)? });
             if let Some(disk) = &self.disk {
@@ -164,16 +165,25 @@ impl ImportArgs {
                     complain(&explain(&e));
                     exit = Exit::Differs;
                 }
-                Err(e) => return Err(e),
+                Err(e) => {
+                    if let Some(before) = failed.replace(e) {
+                        complain(&explain(&before));
+                    }
+                }
             }
         }
-        print(&replies, "imported", self.json.json)?;
-        Ok(exit)
+        if failed.is_none() || !replies.is_empty() {
+            print(&replies, "imported", self.json.json)?;
+        }
+        failed.map_or(Ok(exit), Err)
     }
 
     fn files(&self) -> Result<Vec<PathBuf>> {
         if !self.file.is_dir() {
             return Ok(vec![self.file.clone()]);
+        }
+        if let Some(disk) = &self.disk {
+            return Ok(vec![self.file.join(format!("{disk}.qcow2"))]);
         }
         let failed = |e| Error::io("list", e).at_path(&self.file);
         let entries = std::fs::read_dir(&self.file).map_err(failed)?.collect::<std::io::Result<Vec<_>>>();

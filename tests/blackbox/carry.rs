@@ -80,6 +80,32 @@ fn changes_are_known_on_where_the_images_were_copied_to() {
     mount.umount();
 }
 
+/// What a run that was cut off imported does not keep the next one from the other disks.
+#[test]
+fn an_import_of_a_directory_goes_on_behind_a_disk_that_is_refused() {
+    requires!();
+    let rig = Rig::new();
+    let images = [rig.image("vda", 4), rig.image("vdb", 4)];
+    let mount = rig.mount(&images);
+    mount.snap("monday");
+    mount.drop_snap("monday");
+    touch(&mount, "vdb", &[5]);
+    let dir = rig.mount_point("exported");
+    mount.done("checkpoint export", args!["monday", &dir]);
+    mount.umount();
+    let mount = Mount::at(rig.mount_point("there"), copies(&rig, &[&images[0], &images[1]]));
+    let text = mount.done("checkpoint import", args![&dir, "--disk", "vda"]);
+    assert!(text.contains("vda") && !text.contains("vdb"), "{text}");
+    let out = mount.run("checkpoint import", args![&dir]);
+    refused(&out, 2, &["monday", "exists"]);
+    assert!(stdout(&out).contains("vdb: 64.0 KiB of 4.0 MiB"), "{}", stdout(&out));
+    assert_eq!(since(&mount, "vdb", "monday"), [5]);
+    let out = mount.run("checkpoint import", args![&dir, "--json"]);
+    refused(&out, 2, &["monday", "exists"]);
+    assert_eq!(stdout(&out), "");
+    mount.umount();
+}
+
 /// QEMU takes the bitmap over; and an image goes on under plain QEMU with what was imported.
 #[test]
 fn qemu_reads_what_was_exported_and_goes_on_with_what_was_imported() {

@@ -93,7 +93,7 @@ impl Note {
 
 impl Fleece {
     /// Writes what changed on a disk since a checkpoint into a new file. ENOENT for an unknown disk or checkpoint, EEXIST where
-    /// the file exists, ESTALE where changes since then are not known.
+    /// the file exists, ESTALE where changes since then are not known, EROFS for a read-only disk.
     ///
     /// All of the disk is read, but for holes. What the guest writes after the call began is not in the file, and an import into
     /// a copy that has it is refused.
@@ -102,6 +102,10 @@ impl Fleece {
             return Err(Error::new(errno::EEXIST, "export", "the file exists already").at_path(file));
         }
         let disk = self.disk(disk)?;
+        if disk.read_only() {
+            let why = format!("disk '{}' is served read-only, where nobody looks for other writers", disk.name());
+            return Err(Error::new(errno::EROFS, "export", why).hint("mount it without -r"));
+        }
         let (frozen, entry, bits) = self.changes_since(&disk, name)?;
         let there = || self.disk(disk.name()).map(drop);
         let note = Note {

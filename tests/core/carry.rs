@@ -222,6 +222,18 @@ fn an_export_says_what_it_cannot_know() {
     assert!(!file.exists() && fleece.bitmaps("a").unwrap().iter().all(|info| info.checkpoint));
 }
 
+/// Nobody looks for foreign writers there, so what its checkpoints know proves nothing elsewhere.
+#[test]
+fn a_read_only_disk_exports_no_checkpoint() {
+    let moved = Moved::new();
+    let fleece = moved.host.empty_mount();
+    moved.host.attach_as(&fleece, "a", true).unwrap();
+    point(&fleece, "here");
+    let file = moved.file("new");
+    assert_errno(fleece.export_checkpoint("here", "a", &file), errno::EROFS);
+    assert!(!file.exists());
+}
+
 /// Its digest may have what no bit stands for: the file would be believed where that content is.
 #[test]
 fn an_export_during_which_somebody_else_writes_is_none() {

@@ -11,7 +11,7 @@
 //! - **X3 Nothing between proof and record.** The snapshot of an import makes a checkpoint, which records from its instant on
 //!   and cannot be deleted while that is open. The imported one is put right before it, and nowhere else: what it knows
 //!   is true up to that instant, so older views and points must not count from it.
-//! - **X4 The bits are those that were exported**: the file has their SHA-256.
+//! - **X4 The bits are those that were exported**: the file has the SHA-256 of them and of their granularity.
 
 use super::batch::{Action, BitmapRef, Refused};
 use super::fleece::Fleece;
@@ -118,7 +118,7 @@ impl Fleece {
             identities: disk.identities(),
             size: frozen.view().size(),
             content_sha256: digest(frozen.view(), &there)?,
-            bits_sha256: sha256_of(bits.bits().words()),
+            bits_sha256: sha256_of(bits.granularity(), bits.bits().words()),
         };
         self.check_nobody_wrote(&disk, &frozen, name)?;
         drop(frozen);
@@ -351,7 +351,7 @@ fn parse(carried: &Carried) -> Result<(Note, DirtyBitmap)> {
         return Err(bad(format!("version {} is not known to this program", note.version)));
     }
     check_name("checkpoint", &note.checkpoint)?;
-    if sha256_of(carried.words.iter().copied()) != note.bits_sha256 {
+    if sha256_of(carried.granularity, carried.words.iter().copied()) != note.bits_sha256 {
         return Err(bad("its bitmap was changed since".to_owned()));
     }
     // An image has no part of a sector.
@@ -367,8 +367,10 @@ fn parse(carried: &Carried) -> Result<(Note, DirtyBitmap)> {
     Ok((note, bits))
 }
 
-fn sha256_of(words: impl Iterator<Item = u64>) -> String {
+/// Of what the bits stand for, too: other units would be other places.
+fn sha256_of(granularity: u64, words: impl Iterator<Item = u64>) -> String {
     let mut hash = Sha256::new();
+    hash.update(granularity.to_le_bytes());
     words.for_each(|word| hash.update(word.to_le_bytes()));
     hex(hash)
 }

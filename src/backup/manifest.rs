@@ -11,9 +11,9 @@
 //! unknown ones passed over; what changes their meaning has another version, which is refused.
 
 use crate::error::{Error, Result, errno};
+use crate::fleece::SkippedInfo;
 use crate::image::Format;
 use crate::storage::{Dir, OsDir};
-use crate::units::human_size;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -94,16 +94,7 @@ pub struct DiskEntry {
     pub copied_bytes: u64,
     /// What the view left out, if anything: it is zeros in this point, whatever older points have there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub skipped: Option<SkippedEntry>,
-}
-
-/// What a view left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SkippedEntry {
-    /// `swap`, `free`.
-    pub kinds: Vec<String>,
-    /// Bytes.
-    pub bytes: u64,
+    pub skipped: Option<SkippedInfo>,
 }
 
 /// The point that another one builds on.
@@ -124,14 +115,6 @@ pub struct FileEntry {
     pub size: u64,
     /// Its SHA-256, hexadecimal.
     pub sha256: String,
-}
-
-impl SkippedEntry {
-    /// In words: `2.0 MiB left out, which read as zeros (swap,free)`.
-    pub fn text(&self) -> String {
-        let kinds = self.kinds.join(",");
-        format!("{} left out, which read as zeros ({})", human_size(self.bytes), kinds.escape_debug())
-    }
 }
 
 impl Manifest {
@@ -285,7 +268,7 @@ mod tests {
             changed_bytes: 2,
             zero_bytes: 1,
             copied_bytes: 1,
-            skipped: Some(SkippedEntry { kinds: vec!["swap".into()], bytes: 4096 }),
+            skipped: Some(SkippedInfo { kinds: vec!["swap".into()], bytes: 4096 }),
         };
         Manifest { disks: vec![disk], files: vec![sum("vda.raw"), sum("vda.map.json")], ..Manifest::new("b") }
     }

@@ -9,10 +9,10 @@ use super::connect::{Mount, read_reply};
 use super::consumer;
 use super::output::{Out, complain, printable};
 use super::snapshot::{manifest, read_failed};
-use crate::backup::manifest::SkippedEntry;
 use crate::backup::{MapFile, MapFormat, MapMeta, MapPoint, MapSource, Totals, VolumeMap};
 use crate::error::{Error, Result, errno};
 use crate::fleece::DiskContent;
+use crate::fleece::SkippedInfo;
 use crate::units::{check_disk_name, check_name, human_size};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -75,7 +75,7 @@ pub(super) struct ManifestDisk {
     checkpoint: PointRow,
     reference: Option<PointRow>,
     full_reason: Option<String>,
-    pub(super) skipped: Option<SkippedEntry>,
+    pub(super) skipped: Option<SkippedInfo>,
     #[serde(flatten)]
     holds: DiskContent,
 }

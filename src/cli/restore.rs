@@ -7,11 +7,11 @@ use super::output::{Out, complain, printable};
 use super::progress::Progress;
 use super::{Exit, JsonArg, snapshot};
 use crate::backup::chain::{self, Content, Link, Point};
-use crate::backup::manifest::SkippedEntry;
 use crate::backup::restore::{self, Destination, Kind, Report};
 use crate::backup::restore_volume::{self, VolumeContent, VolumeImage};
 use crate::backup::{ExtentSource, MapSource};
 use crate::error::{Error, Result, errno};
+use crate::fleece::SkippedInfo;
 use crate::image::Image;
 use crate::storage::process;
 use crate::units::human_size;
@@ -131,7 +131,7 @@ impl Wanted {
 struct Skipped {
     disk: String,
     #[serde(flatten)]
-    entry: SkippedEntry,
+    entry: SkippedInfo,
 }
 
 /// Where it goes.

@@ -5,8 +5,8 @@ use super::freeze::FreezeArgs;
 use super::output::{Out, Style, Table, complain, printable};
 use super::restore::{disk_of, restored_disk};
 use super::{Exit, JsonArg};
-use crate::backup::manifest::SkippedEntry;
 use crate::error::{Error, Result, errno};
+use crate::fleece::SkippedInfo;
 use crate::fleece::{IMPORT_PREFIX, Skip};
 use crate::units::{human_size, parse_size};
 use clap::{Args, Subcommand};
@@ -149,7 +149,7 @@ struct DiskRow {
     full_reason: Option<String>,
     broken: Option<String>,
     store_bytes: u64,
-    skipped: Option<SkippedEntry>,
+    skipped: Option<SkippedInfo>,
 }
 
 impl Row {

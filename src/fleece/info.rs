@@ -4,7 +4,8 @@ use super::fleece::Fleece;
 use super::snapshot::Snapshot;
 use super::volume_info::DiskContent;
 use crate::bitmap::{CheckpointState, Consistency, HookNote, Notes};
-use serde::Serialize;
+use crate::units::human_size;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -139,7 +140,7 @@ pub struct SnapshotDisk {
 }
 
 /// What a view leaves out, which reads as zeros.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SkippedInfo {
     /// `swap`, `free`.
     pub kinds: Vec<String>,
@@ -148,6 +149,12 @@ pub struct SkippedInfo {
 }
 
 impl SkippedInfo {
+    /// In words: `2.0 MiB left out, which read as zeros (swap,free)`.
+    pub fn text(&self) -> String {
+        let kinds = self.kinds.join(",");
+        format!("{} left out, which read as zeros ({})", human_size(self.bytes), kinds.escape_debug())
+    }
+
     fn of(view: &super::View) -> Option<SkippedInfo> {
         view.skipped().map(|(kinds, bytes)| SkippedInfo { kinds: kinds.to_vec(), bytes })
     }
